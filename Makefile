@@ -24,9 +24,13 @@ TORCH_FLAGS := $(if $(WHEELHOUSE),,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export DS_BUILD_OPS := 0
+# The tests set TRITON_INTERPRET=1 unless told otherwise.
+GPU := HF_HUB_OFFLINE=1 TRITON_INTERPRET=0 DS_ACCELERATOR=cuda
+BENCH_GPU := --device cuda --compiled headline --case-seconds 1
+RESULTS := eventlens_ds/bench/results
 PYTEST := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: install demo ablation test test-slow check gpu clean
+.PHONY: install csrc demo world-small ablation test test-slow check gate gpu clean
 
 install: $(STAMP)
 
@@ -50,8 +54,16 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	fi
 	@touch "$(STAMP)" 2>/dev/null || true  # a shared environment may be read-only
 
+# The C++ and CUDA extension again, after a change in csrc/ (EVENTLENS_BUILD_CUDA=auto|0|1, see setup.py).
+csrc: $(STAMP)
+	$(PY) setup.py build_ext --inplace
+
 demo: $(STAMP)
 	$(PY) -m eventlens_ds.launch.demo $(ARGS)
+
+# Larger and harder than the demo, 2 cores and about an hour; the same command goes on after an interruption.
+world-small: $(STAMP)
+	$(PY) -m eventlens_ds.launch.world_small $(ARGS)
 
 ablation: $(STAMP)
 	$(PY) -m eventlens_ds.launch.ablation $(ARGS)
@@ -62,8 +74,16 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
+# On a machine with a GPU: its tests, then every kernel table, in less than ten minutes.
 gpu: $(STAMP)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -m gpu $(ARGS)
+	$(GPU) timeout 240 $(PY) -m pytest -m gpu $(ARGS)
+	$(GPU) $(PY) -m eventlens_ds bench roi_align $(BENCH_GPU) --minutes 2.5 --out $(RESULTS)/roi_align.csv
+	$(GPU) $(PY) -m eventlens_ds bench moa $(BENCH_GPU) --minutes 2 --out $(RESULTS)/moa.csv
+	$(PY) -m eventlens_ds bench report
+
+# Compiles every Triton kernel for sm_80 and sm_90 without a GPU; refuses spills; writes the table in docs/KERNELS.md.
+gate: $(STAMP)
+	$(PY) -m eventlens_ds.ops.aot --docs docs/KERNELS.md
 
 check: $(STAMP)
 	$(PY) -m ruff check .

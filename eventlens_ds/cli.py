@@ -12,19 +12,17 @@ import argparse
 import difflib
 import json
 import math
-import pkgutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eventlens_ds import __version__
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.train import door
 
-if TYPE_CHECKING:
-    from eventlens_ds.data.build import BuildProgress
+SOURCES = "any of vcr, visualcomet, captions, rec, refcoco, vg, vqa, vsr, pope, tags"
+"""data/sources/combined.py has the same names; it would import torch here."""
 
 Command = Callable[[argparse.Namespace, list[str]], int]
 """(options, what is left over: settings, or the arguments of a benchmark) -> exit code."""
@@ -32,12 +30,19 @@ Command = Callable[[argparse.Namespace, list[str]], int]
 PLANNED = ("plan", "preflight", "prove", "compare", "neighbours")
 """Named in the design, not written yet: asking for one says so."""
 
-LINE_SECONDS = 5.0
-"""Seconds between two progress lines where there is no terminal."""
+BENCHMARKS = {
+    "roi_align": "RoI-align on token grids, every backend against the strongest baselines",
+    "moa": "the mixture of adapters, every path and backend against the strongest baselines",
+    "score": "candidates scored with a shared prefix against one row per candidate",
+    "loader": "our loader against a plain Pillow loop over the same images",
+    "train": "our training against Hugging Face Trainer with DeepSpeed, and against itself ablated",
+    "report": "writes the tables and plots of BENCHMARKS.md from the CSV files",
+}
+"""Modules of eventlens_ds.bench that are commands."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit code."""
+    """The command line without its own end of the process; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     return door.guarded(lambda: _dispatch(given))
 
@@ -88,7 +93,7 @@ def _add_data(commands: Any) -> None:
     data = commands.add_parser("data", help="make, check and look at data sets", description="Data sets.")
     verbs = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     build = _add(verbs, "build", _data_build, "write a folder of shards; run again to continue")
-    build.add_argument("--source", required=True, metavar="NAME", help="world, vcr, visualcomet, captions, or a,b")
+    build.add_argument("--source", required=True, metavar="A,B", help=f"world, or {SOURCES}")
     build.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     build.add_argument("--root", type=Path, metavar="DIR", help="where the source lies (world: where to draw; OUT-raw)")
     build.add_argument("--splits", metavar="A,B", help="default: all")
@@ -103,7 +108,7 @@ def _add_data(commands: Any) -> None:
     index = _add(verbs, "index", _data_index, "rebuild the index from the shards alone")
     index.add_argument("folder", type=Path, metavar="DIR")
     lint = _add(verbs, "lint", _data_lint, "check annotations before anything is built")
-    lint.add_argument("--source", required=True, metavar="NAME", help="vcr, visualcomet, captions, or a,b")
+    lint.add_argument("--source", required=True, metavar="A,B", help="as in build, without world and refcoco")
     lint.add_argument("--root", required=True, type=Path, metavar="DIR")
     lint.add_argument("--no-images", action="store_true", help="do not decode the pictures")
     lint.add_argument("--json", action="store_true", help="one JSON object per finding")
@@ -132,8 +137,13 @@ def _add_use(commands: Any) -> None:
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="default: below RUN")
     evaluate.add_argument("--split", default="val")
     evaluate.add_argument("--limit", type=int, default=0, metavar="N", help="images (default all)")
-    evaluate.add_argument("--controls", default="none", metavar="A,B", help="none, blank, permute_regions; or empty")
+    evaluate.add_argument("--controls", metavar="A,B", help="none, blank, permute_regions (default none); or empty")
     evaluate.add_argument("--events", type=int, default=0, metavar="N", help="events to complete (default 0)")
+    tasks = "caption, rec, reg, vqa, vsr, pope: answered in words; without --controls no VCR"
+    evaluate.add_argument("--tasks", default="", metavar="A,B", help=tasks)
+    evaluate.add_argument("--beams", type=int, default=1, metavar="N", help="for --tasks (default 1: greedy)")
+    evaluate.add_argument("--max-new-tokens", type=int, default=0, metavar="N", help="for --tasks (default: per task)")
+    evaluate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="for --beams (default 1)")
     evaluate.add_argument("--checkpoint", default="latest", metavar="X", help="latest, best or a path")
     evaluate.add_argument("--leaderboard", type=Path, metavar="FILE", help="VCR leaderboard csv of a blind split")
     evaluate.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
@@ -141,6 +151,7 @@ def _add_use(commands: Any) -> None:
     export = _add(commands, "export", _export, "write a Hugging Face folder from a run")
     export.add_argument("run", type=Path, metavar="RUN", help="run folder or checkpoint")
     export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("--peft", action="store_true", help="LoRA as a PEFT folder, other parts beside it, no base")
     predict = _add(commands, "predict", _predict, "ask an exported model about one image")
     predict.add_argument("model", type=Path, metavar="OUT", help="folder of `eventlens export`")
     predict.add_argument("image", type=Path, metavar="IMAGE")
@@ -156,13 +167,15 @@ def _add_upkeep(commands: Any) -> None:
     verify.add_argument("path", type=Path, metavar="RUN|CHECKPOINT")
     doctor = _add(commands, "doctor", _doctor, "what this machine has and lacks")
     doctor.add_argument("--json", action="store_true")
-    bench = _add(commands, "bench", _bench, "measure; the arguments after NAME are the benchmark's", takes_rest=True)
-    bench.add_argument("name", metavar="NAME", help="module of eventlens_ds.bench")
+    bench = _add(commands, "bench", _bench, "measure, and write what was measured")
+    bench.add_argument("name", metavar="NAME", help="; ".join(f"{name}: {text}" for name, text in BENCHMARKS.items()))
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments; NAME -h lists them")
 
 
 def _data_build(args: argparse.Namespace, _rest: list[str]) -> int:
     from eventlens_ds.data import build
     from eventlens_ds.data.sources import combined
+    from eventlens_ds.launch.build_display import BuildDisplay
 
     if args.finish:
         _print_json(build.finish(args.out))
@@ -187,7 +200,7 @@ def _data_build(args: argparse.Namespace, _rest: list[str]) -> int:
             raise UserError(f"--root is missing: the folder where {args.source} lies")
         source = combined.open_source(args.source, args.root)
         arguments = {"root": str(args.root.resolve())}
-    with _Progress() as show:
+    with BuildDisplay() as show:
         made = build.build(
             source,
             args.out,
@@ -212,44 +225,6 @@ def parse_part(text: str) -> tuple[int, int]:
     if not slash or not k.isdigit() or not n.isdigit() or int(k) >= int(n):
         raise UserError(f"--part {text}: write K/N with 0 <= K < N, such as 0/4")
     return int(k), int(n)
-
-
-class _Progress:
-    """Shows a build: a bar on a terminal, else a line every few seconds; the last state is always shown."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.next_line = 0.0
-        self.unshown: BuildProgress | None = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __call__(self, state: BuildProgress) -> None:
-        if sys.stderr.isatty():
-            if self.bar is None:
-                from tqdm import tqdm
-
-                self.bar = tqdm(total=state.total, unit="img", file=sys.stderr)
-            self.bar.set_description(state.split)
-            self.bar.update(state.images - self.bar.n)
-        elif time.monotonic() >= self.next_line:
-            self.next_line = time.monotonic() + LINE_SECONDS
-            self._line(state)
-        else:
-            self.unshown = state
-
-    def _line(self, state: BuildProgress) -> None:
-        eta = f"{state.eta:.0f} s" if math.isfinite(state.eta) else "unknown"
-        counts = f"{state.images}/{state.total} images ({state.kept} kept, {state.skipped} skipped)"
-        print(f"{state.split}: {counts}, {state.rate:.1f} img/s, ETA {eta}", file=sys.stderr, flush=True)
-        self.unshown = None
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif self.unshown is not None:
-            self._line(self.unshown)
 
 
 def _existing(folder: Path) -> Path:
@@ -325,11 +300,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
         raise UserError(f"--ranks {args.ranks}: must be at least 1")
     if args.ranks == 1 or args.dry_run or args.print_config:
         return door.run(args, rest, args.argv)
-    from eventlens_ds.runtime.distributed import spawn
-
-    # Refused here once, rather than by every rank.
-    door.configure(args, rest)
-    return spawn(args.ranks, door.without_ranks(args.argv))
+    return door.launch(args.ranks, args, rest, args.argv)
 
 
 def _eval(args: argparse.Namespace, _rest: list[str]) -> int:
@@ -340,26 +311,35 @@ def _eval(args: argparse.Namespace, _rest: list[str]) -> int:
     asked: dict[str, Any] = {
         "split": args.split,
         "limit": args.limit,
-        "controls": [name for name in args.controls.split(",") if name],
+        "controls": None if args.controls is None else _names(args.controls),
         "generate": args.events,
+        "tasks": _names(args.tasks),
+        "beams": args.beams,
+        "max_new_tokens": args.max_new_tokens,
+        "repetition_penalty": args.repetition_penalty,
         "checkpoint": args.checkpoint,
         "zero3": args.zero3,
         "leaderboard": args.leaderboard,
     }
     run, data = _existing(args.run), _existing(args.data)
     if args.ranks > 1:
-        from eventlens_ds.runtime.distributed import spawn
+        from eventlens_ds.runtime.local_ranks import spawn
 
-        # Refused here once, rather than by every rank.
+        # Refused here, before any rank starts.
         harness.check(run, data, **asked)
         return spawn(args.ranks, ["eval", *door.without_ranks(args.argv)], module="eventlens_ds")
     return harness.main(run, data, out=args.out, **asked)
 
 
-def _export(args: argparse.Namespace, _rest: list[str]) -> int:
-    from eventlens_ds.export import folder
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
-    return folder.main(_existing(args.run), args.out) or 0
+
+def _export(args: argparse.Namespace, _rest: list[str]) -> int:
+    from eventlens_ds.export import folder, peft_folder
+
+    main = peft_folder.main if args.peft else folder.main
+    return main(_existing(args.run), args.out) or 0
 
 
 def _predict(args: argparse.Namespace, _rest: list[str]) -> int:
@@ -410,15 +390,12 @@ def _doctor(args: argparse.Namespace, _rest: list[str]) -> int:
     return code
 
 
-def _bench(args: argparse.Namespace, rest: list[str]) -> int:
+def _bench(args: argparse.Namespace, _rest: list[str]) -> int:
     import importlib
 
-    import eventlens_ds.bench
-
-    known = sorted(module.name for module in pkgutil.iter_modules(eventlens_ds.bench.__path__))
-    if args.name not in known:
-        raise UserError(f"eventlens bench {args.name}: no such benchmark; there are: {', '.join(known) or 'none yet'}")
-    return importlib.import_module(f"eventlens_ds.bench.{args.name}").main(rest) or 0
+    if args.name not in BENCHMARKS:
+        raise UserError(f"eventlens bench {args.name}: no such benchmark; there are: {', '.join(BENCHMARKS)}")
+    return importlib.import_module(f"eventlens_ds.bench.{args.name}").main(args.arguments) or 0
 
 
 def _print_json(value: Any) -> None:

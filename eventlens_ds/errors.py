@@ -1,7 +1,7 @@
 """The errors a user can cause, and the exit code each one ends the process with.
 
 In: one clear line naming the file, key or number. Out: the command line prints that line and exits with `code`.
-Decision: three classes only; whatever is not one of them is our own bug and shows its traceback.
+Decision: few classes; whatever is not one of them is our own bug and shows its traceback.
 """
 
 
@@ -9,6 +9,10 @@ class UserError(Exception):
     """Bad usage or configuration (exit 2): unknown key, missing path, impossible combination."""
 
     code = 2
+
+
+class ArgumentError(UserError, ValueError):
+    """Arguments of an op that do not fit together (exit 2); a ValueError for those who use the ops as a library."""
 
 
 class DataError(UserError):

@@ -8,7 +8,7 @@ preset, because ranks, stages and layouts multiply.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,18 +94,22 @@ def small_architecture(config: RunConfig, tokenizer: Any, attention: str = "sdpa
     settings: dict[str, Any] = {
         "vision_level": -1,
         "linking": config.model.linking,
-        "roi": {"output_size": 2, "levels": [-1]},
-        "adapters": {"bottleneck": 8},
+        "roi": {"output_size": 2, "levels": [-1], "source": config.model.roi.source},
+        "adapters": {"bottleneck": 8, "router": config.model.adapters.router},
+        "visual_input": config.model.visual_input,
+        "aggregator": {**asdict(config.model.aggregator), "heads": 2},
+        "qformer": {**asdict(config.model.qformer), "vocabulary": len(tokenizer)},
+        "soft_prompt": config.model.soft_prompt,
         "dropout": config.model.dropout,
     }
     return RegionVLMConfig(vision_config=vision, text_config=text, **{**settings, **changes})
 
 
 def small_config(folder: Path, run: Path | str = "", **train: Any) -> RunConfig:
-    """A RunConfig over `folder` with short rows."""
+    """A RunConfig over `folder` with short rows, on the tasks that have an adapter by default."""
     return RunConfig(
         model=ModelConfig(attention="sdpa"),
-        data=DataConfig(train=(str(folder),), row_tokens=512, workers=0),
+        data=DataConfig(train=(str(folder),), row_tokens=512, workers=0, tasks=ModelConfig().adapters.tasks),
         train=TrainConfig(**{"lr": 1e-2, "warmup": 1, "threads": 1, "timeout_minutes": 1.0, **train}),
         io=IOConfig(run=str(run), tensorboard=False),
     )
@@ -129,7 +133,9 @@ def small_run(folder: Path, config: RunConfig | None = None, *, layout: str = ""
     config = replace(config, data=replace(config.data, **({"layout": layout} if layout else {}), **data))
     tokenizer = embedded_tokenizer()
     architecture = small_architecture(config, tokenizer)
-    spec = encode_spec(architecture, PromptStyle(config.data.list_objects, config.data.event_context))
+    tag_tokens = config.data.tag_tokens if config.model.soft_prompt else -1
+    style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens)
+    spec = encode_spec(architecture, style)
     made = RunData(
         config.data.train,
         config.data.split,
@@ -149,11 +155,10 @@ def small_engine(run: SmallRun, world: Any, folder: Path, *, stage: int = 3) -> 
     """
     import json
 
-    from eventlens_ds.data.records import TASKS
     from eventlens_ds.launch.parity import ALWAYS_GATHER
     from eventlens_ds.train.engine import build
 
     zero = folder / f"zero{stage}-rank{world.rank}.json"
     zero.write_text(json.dumps({"zero_optimization": {"stage": stage, **ALWAYS_GATHER}}))
     config = replace(run.config, train=replace(run.config.train, zero=str(zero)))
-    return build(config, run.architecture, world, config.data.tasks or TASKS)
+    return build(config, run.architecture, world, config.data.tasks or run.architecture.tasks)

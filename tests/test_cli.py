@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -185,11 +186,8 @@ def test_a_world_is_built_continued_indexed_and_shown(tmp_path: Path, capsys: py
     assert cli.main(build) == 0
     captured = capsys.readouterr()
     made = json.loads(captured.out)
-    assert made["splits"]["train"]["images"] == 5 and set(made["splits"]["train"]["kinds"]) == {
-        "vcr",
-        "event",
-        "caption",
-    }
+    assert made["splits"]["train"]["images"] == 5
+    assert set(made["splits"]["train"]["kinds"]) == {"vcr", "event", "caption", "expression", "vqa", "vsr", "pope"}
     assert "img/s" in captured.err and "ETA" in captured.err and "\r" not in captured.err
 
     assert cli.main(build) == 0
@@ -217,3 +215,18 @@ def test_lint_of_a_world_and_of_a_broken_one(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["data", "lint", "--source", "vcr", "--root", str(raw)]) == 3
     captured = capsys.readouterr()
     assert f"{rows}:1" in captured.out and "1 errors" in captured.err
+
+
+def test_lint_of_rows_goes_on_after_a_broken_one(
+    shared: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(shared / "data" / "photos", root)
+    command = ["data", "lint", "--source", "captions,rec,vqa,vsr,tags", "--root", str(root), "--no-images"]
+    assert cli.main(command) == 0
+    path = root / "regions" / "vsr.jsonl"
+    path.write_text("{broken\n" + path.read_text().replace('"label": 1', '"label": 7', 1))
+    capsys.readouterr()
+    assert cli.main(command) == 3
+    captured = capsys.readouterr()
+    assert f"{path}:1" in captured.out and f"{path}:2: 'label' wants 1" in captured.out

@@ -68,6 +68,7 @@ def measure(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.train.seed)
     model = RegionVLM._from_config(architecture).eval().to(device)
+    model.choose_kernels(config.model.kernels)
     data = eval_data(config, tokenizer, spec, str(folder), split)
     members = [row.groups for row in sequential_rows(data.group_tables(), row_tokens=data.config.row_tokens)][:rows]
     batches = {}

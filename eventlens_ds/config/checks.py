@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eventlens_ds.config.run_config import RunConfig
+from eventlens_ds.config.run_config import AdapterConfig, DataConfig, RunConfig
 from eventlens_ds.errors import UserError
 
-TASKS = ("caption", "event", "vcr_answer", "vcr_rationale")
+TASKS = ("caption", "event", "vcr_answer", "vcr_rationale", "rec", "reg", "vqa", "vsr", "pope")
 CHOICE_TASKS = ("vcr_answer", "vcr_rationale")
-PARTS = ("vision", "projector", "regions", "adapters", "language", "lora")
+PARTS = (
+    "vision", "projector", "regions", "adapters", "image_adapter", "region_adapter", "router", "language", "lora",
+    "aggregator", "qformer", "soft_prompt",
+)  # fmt: skip
 
 _AT_LEAST: dict[str, float] = {
     "model.image_size": 0,
@@ -25,6 +28,15 @@ _AT_LEAST: dict[str, float] = {
     "model.roi.output_size": 1,
     "model.adapters.bottleneck": 0,
     "model.lora.rank": 0,
+    "model.aggregator.heads": 0,
+    "model.aggregator.intermediate": 1,
+    "model.qformer.queries": 0,
+    "model.qformer.width": 1,
+    "model.qformer.heads": 1,
+    "model.qformer.layers": 1,
+    "model.qformer.intermediate": 1,
+    "model.qformer.instruction_tokens": 0,
+    "data.tag_tokens": 0,
     "data.limit": 0,
     "data.row_tokens": 1,
     "data.group_tokens": 0,
@@ -61,8 +73,30 @@ def problems(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _stage(config)
     if config.model.roi.sampling_ratio != -1 and config.model.roi.sampling_ratio < 1:
         yield "model.roi.sampling_ratio", f"{config.model.roi.sampling_ratio}: at least 1, or -1 for adaptive"
+    yield from _branches(config)
     if not config.io.run:
         yield "io.run", "empty: name a folder"
+
+
+def _branches(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Visual branches that are asked for must exist."""
+    model = config.model
+    if model.visual_input in ("aggregator", "all") and not model.aggregator.layers:
+        yield "model.visual_input", f"{model.visual_input}: model.aggregator.layers is empty, so there is no aggregator"
+    if model.visual_input in ("qformer", "all") and not model.qformer.queries:
+        yield "model.visual_input", f"{model.visual_input}: model.qformer.queries is 0, so there is no Q-Former"
+    if model.roi.source == "aggregator" and not model.aggregator.layers:
+        yield "model.roi.source", "aggregator: model.aggregator.layers is empty, so there is none"
+    if model.roi.source == "aggregator" and model.roi.levels:
+        yield "model.roi.levels", f"{list(model.roi.levels)}: levels of the tower, but model.roi.source is aggregator"
+    if config.data.tag_tokens != DataConfig().tag_tokens and not model.soft_prompt:
+        yield "data.tag_tokens", f"{config.data.tag_tokens}: tags are listed only with model.soft_prompt"
+    if model.adapters.router == "mixture" and model.adapters.tasks != AdapterConfig().tasks:
+        yield "model.adapters.tasks", "tasks have adapters of their own only under model.adapters.router task"
+    if any(layer < 0 for layer in model.aggregator.layers):
+        yield "model.aggregator.layers", f"{list(model.aggregator.layers)}: blocks are counted from 0"
+    if model.qformer.width % model.qformer.heads:
+        yield "model.qformer.width", f"{model.qformer.width} is not a multiple of {model.qformer.heads} heads"
 
 
 def require_data(config: RunConfig) -> None:
@@ -110,6 +144,7 @@ def _data(config: RunConfig) -> Iterator[tuple[str, str]]:
     if len(set(data.train)) != len(data.train):
         yield "data.train", f"{list(data.train)}: a folder is named twice; use data.weights"
     yield from _names("data.tasks", data.tasks, TASKS, "task")
+    yield from _names("model.adapters.tasks", config.model.adapters.tasks, TASKS, "task")
     if data.group_tokens > data.row_tokens:
         yield "data.group_tokens", f"{data.group_tokens} is more than data.row_tokens = {data.row_tokens}"
 

@@ -13,6 +13,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RoIConfig:
+    source: Literal["tower", "aggregator"] = "tower"
+    """What regions are pooled from: levels of the vision tower, or the aggregator's output."""
     output_size: int = 7
     """Bins per side of RoI-align; 7 as in VL-BERT and r2c."""
     sampling_ratio: int = 2
@@ -26,10 +28,39 @@ class RoIConfig:
 @dataclass(frozen=True)
 class AdapterConfig:
     bottleneck: int = 64
-    """Width r of every task's bottleneck; 0 switches adapters off."""
+    """Width r of every adapter's bottleneck; 0 switches adapters off."""
+    router: Literal["task", "mixture"] = "task"
+    """task: every task of `tasks` has an adapter of its own. mixture: one adapter for image-level and one for
+    region-level tasks, mixed by a learned vector per adapter and level (LION)."""
+    tasks: tuple[str, ...] = ("caption", "event", "vcr_answer", "vcr_rationale")
+    """Tasks with an adapter of their own under router task; a task of the data without one is refused."""
     source: Literal["normed", "residual"] = "normed"
     """What the adapter reads: the FFN's normalised input, or the un-normalised residual stream as in LION."""
     dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class AggregatorConfig:
+    layers: tuple[int, ...] = ()
+    """Blocks of the tower it reads, from 0: the first is refined, each further one costs a block (LION: 38, 28, 18).
+    Empty: no aggregator."""
+    heads: int = 0
+    """Attention heads; 0: those of the tower."""
+    intermediate: int = 3072
+    """Width of its feed-forward layers."""
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    queries: int = 0
+    """Learned queries, each a visual token of the prompt (LION: 32); 0: no Q-Former."""
+    width: int = 768
+    heads: int = 12
+    layers: int = 12
+    intermediate: int = 3072
+    instruction_tokens: int = 128
+    """Tokens of the question it reads, the last ones of a longer question; 0: none, and questions of an image may
+    share their prefix."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +75,13 @@ class LoraConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     preset: str = "tiny"
-    """tiny (everything from scratch) | base | vicuna7b-clipL336 | qwen-siglip; see model/presets.py."""
+    """tiny, small (everything from scratch) | base | vicuna7b-clipL336 | qwen-siglip; see model/presets.py."""
     vision_path: str = ""
     """Folder of a Hugging Face CLIP or SigLIP model; empty: the preset's shape, initialised from scratch."""
     language_path: str = ""
     """Folder of a Hugging Face causal LM; empty: the preset's shape, initialised from scratch."""
     tokenizer_path: str = ""
-    """Folder of a tokenizer; empty: language_path, or for `tiny` the one built from the embedded grammar."""
+    """Folder of a tokenizer; empty: language_path, for `tiny` and `small` the one built from the embedded grammar."""
     init_from: str = ""
     """LLaVA-1.5 HF folder whose tensors are mapped by name; unmatched are listed, unexpected are an error."""
     linking: Literal["add", "insert", "none"] = "add"
@@ -60,12 +91,21 @@ class ModelConfig:
     pooled from all patches. 0 takes the preset's."""
     image_size: int = 0
     """Pixels per side; 0 takes the preset's or the folder's."""
+    visual_input: Literal["projector", "aggregator", "qformer", "all"] = "projector"
+    """Visual tokens of an image: patches of one level through the projector, the aggregator's grid, the Q-Former's
+    queries, or queries and grid (LION). A branch that is present and not used here is frozen."""
+    aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    soft_prompt: bool = False
+    """List an image's tags in the prompt behind a learned vector that says how far to trust them (LION)."""
     roi: RoIConfig = field(default_factory=RoIConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     attention: Literal["auto", "sdpa", "blocks", "varlen"] = "auto"
     """Form of the segment tree: sdpa (one 4-D mask), blocks (a mask per tree of the row), varlen (prefix keys
     gathered per branch). auto: varlen where a fused kernel runs it, else blocks."""
+    kernels: Literal["", "reference", "triton", "csrc"] = ""
+    """Backend of RoI-align and of the adapters; empty: chosen per op and device, as `doctor` shows."""
     dropout: float = 0.0
     """Dropout of projector and region encoder; seeded by (seed, step, row)."""
 
@@ -89,6 +129,8 @@ class DataConfig:
     event_context: Literal["event", "subject"] = "event"
     """What intent, before and after are conditioned on beside the image: the text of event and place, as in
     VisualCOMET, or only the person, so that they must be read from the picture."""
+    tag_tokens: int = 128
+    """Tokens that an image's tags may take in the prompt (model.soft_prompt); the list is cut from its end."""
     control: Literal["none", "blank", "permute_regions"] = "none"
     """Train on what a control shows (data/controls.py): blank is a model that never sees a pixel or a region."""
     row_tokens: int = 1024
@@ -120,7 +162,9 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class StageConfig:
     train: tuple[str, ...] = ("vision", "projector", "regions", "adapters", "language")
-    """Parts that learn: vision, projector, regions, adapters, language, lora. All others are frozen (P10)."""
+    """Parts that learn: vision, projector, regions, adapters, image_adapter, region_adapter, router, language, lora
+    (the three in the middle under model.adapters.router mixture), aggregator, qformer, soft_prompt. All others are
+    frozen (P10)."""
     lr_scale: dict[str, float] = field(default_factory=dict)
     """Learning rate of a part relative to train.lr (default 1)."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from eventlens_ds.errors import DataError
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
-_TEXT = re.compile(r"\[\s*({0})\s*,\s*({0})\s*,\s*({0})\s*,\s*({0})\s*\]".format(r"[-+]?\d*\.?\d+"))
+_BRACKETS = re.compile(r"\[([^\[\]]*)\]")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+_QUADRUPLE = re.compile(r"{0}\s*,\s*{0}\s*,\s*{0}\s*,\s*{0}".format(r"[0-9]*\.?[0-9]+"))
 
 
 def from_xyxy(values: Sequence[Any]) -> Box:
@@ -108,10 +110,49 @@ def to_text(box: Box, width: float, height: float) -> str:
     return f"[{x1 / width:.3f},{y1 / height:.3f},{x2 / width:.3f},{y2 / height:.3f}]"
 
 
+class ParsedBoxes(NamedTuple):
+    """Boxes read from a text, in its order, and why each further candidate in it is no box."""
+
+    boxes: tuple[Box, ...]
+    refused: tuple[str, ...]
+
+    @property
+    def reason(self) -> str | None:
+        """None when a box was read, else why not: the reason of the first candidate, or that there is none."""
+        return None if self.boxes else self.refused[0]
+
+
+def parse_boxes(text: str, width: float, height: float) -> ParsedBoxes:
+    """The boxes printed in a text as shares of the image, in pixels of an image of this size (1, 1 keeps shares).
+
+    Read: "[x1,y1,x2,y2]" anywhere, with blanks, after words ("Answer:"), and several boxes in one bracket with ";"
+    between them (Shikra's form). Refused with a reason, never repaired [ours]: "empty answer", "no box" (no numbers in
+    brackets), "no closed brackets" (four numbers without them: a cut-off answer), "not four numbers", "percent",
+    "above 1" (pixels, or shares of 100 or 1000: which of them the text does not say), "below 0", and the reasons of
+    `problem` ("inverted" for swapped corners, "zero area"). `refused` is for the caller to count.
+    """
+    found: list[Box] = []
+    refused: list[str] = []
+    for inner in _BRACKETS.findall(text):
+        # Brackets without a digit are words ("[END EXAMPLE]"), not a failed box.
+        for part in inner.split(";") if any(c.isdigit() for c in inner) else ():
+            shares = _shares(part)
+            box = shares if isinstance(shares, str) else from_normalised(shares, width, height)
+            fault = box if isinstance(box, str) else problem(box, width, height)
+            if isinstance(box, str) or fault is not None:
+                refused.append(str(fault))
+            else:
+                found.append(box)
+    if not found and not refused:
+        unclosed = "no closed brackets" if _QUADRUPLE.search(text) else "no box"
+        refused.append(unclosed if text.strip() else "empty answer")
+    return ParsedBoxes(tuple(found), tuple(refused))
+
+
 def from_text(text: str, width: float, height: float) -> Box | None:
-    """The first box printed in a text, in pixels, or None when there is none; inverse of `to_text` to 0.0005."""
-    found = _TEXT.search(text)
-    return from_normalised([float(v) for v in found.groups()], width, height) if found else None
+    """The first box that `parse_boxes` reads, in pixels, or None; inverse of `to_text` to 0.0005."""
+    found = parse_boxes(text, width, height).boxes
+    return found[0] if found else None
 
 
 def iou(a: Box, b: Box) -> float:
@@ -145,6 +186,19 @@ def _four(values: Sequence[Any]) -> tuple[float, float, float, float]:
     except OverflowError:
         raise DataError(f"a box number is too large: {str(values)[:60]}") from None
     return x1, y1, x2, y2
+
+
+def _shares(part: str) -> list[float] | str:
+    """Four numbers of 0..1 from "a, b, c, d", or the reason why it is not that."""
+    if "%" in part:
+        return "percent"
+    fields = [field.strip() for field in part.split(",")]
+    if len(fields) != 4 or not all(_NUMBER.fullmatch(field) for field in fields):
+        return "not four numbers"
+    shares = [float(field) for field in fields]
+    if max(shares) > 1:
+        return "above 1"
+    return "below 0" if min(shares) < 0 else shares
 
 
 def _row(like: Array, values: tuple[float, ...]) -> Array:

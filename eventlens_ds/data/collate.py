@@ -19,7 +19,7 @@ from eventlens_ds.data.records import Batch, EncodedGroup
 
 def flatten(group: EncodedGroup) -> EncodedGroup:
     """Every leaf with a copy of its whole path as a segment of its own; a leaf stays a separate child segment."""
-    ids, image_slots, region_slots, bounds, leaves = [], [], [], [], []
+    ids, image_slots, region_slots, soft_slots, bounds, leaves = [], [], [], [], [], []
     parents: list[int] = []
     position = 0
     for leaf in group.leaf_segment:
@@ -34,6 +34,7 @@ def flatten(group: EncodedGroup) -> EncodedGroup:
             ids.append(group.input_ids[part])
             image_slots.append(group.image_slots[part])
             region_slots.append(group.region_slots[part])
+            soft_slots.append(group.soft_slots[part])
             parents.append(parent)
             bounds.append((position, position + len(part)))
             position += len(part)
@@ -44,6 +45,7 @@ def flatten(group: EncodedGroup) -> EncodedGroup:
             "input_ids": np.concatenate(ids),
             "image_slots": np.concatenate(image_slots),
             "region_slots": np.concatenate(region_slots),
+            "soft_slots": np.concatenate(soft_slots),
             "parents": np.asarray(parents, np.int32),
             "bounds": np.asarray(bounds, np.int32),
             "leaf_segment": np.asarray(leaves, np.int32),
@@ -68,18 +70,21 @@ class _Row:
     def __init__(self) -> None:
         self.arrays: dict[str, list[np.ndarray]] = {}
         self.choices: list[tuple[np.ndarray, int, int, float, int]] = []
+        self.instructions: list[np.ndarray] = []
         self.sample_ids: list[str] = []
         self.image_keys: list[str] = []
         self.sample_image: list[int] = []
         self.skipped: list[tuple[str, str]] = []
         self.tokens = self.segments = self.images = self.regions = self.leaves = 0
+        self.used = self.annotated = 0
 
     def put(self, **arrays: np.ndarray) -> None:
         for name, value in arrays.items():
             self.arrays.setdefault(name, []).append(value)
 
     def add(self, group: EncodedGroup, visual_tokens: int) -> None:
-        _check_slots(group, visual_tokens)
+        self.used += _check_slots(group, visual_tokens)
+        self.annotated += group.regions_annotated
         predicted_from, target, leaf = _targets(group)
         shift = np.where
         self.put(
@@ -89,6 +94,7 @@ class _Row:
             task_ids=np.full(group.num_tokens, group.task_id, np.int64),
             image_slots=shift(group.image_slots >= 0, group.image_slots + self.images * visual_tokens, -1),
             region_slots=shift(group.region_slots >= 0, group.region_slots + self.regions, -1),
+            soft_slots=group.soft_slots,
             target_from=predicted_from + self.tokens,
             target_ids=target,
             target_leaf=leaf + self.leaves,
@@ -97,12 +103,13 @@ class _Row:
             leaf_sample=group.leaf_sample + len(self.sample_ids),
             box_counts=np.asarray([len(b) for b in group.boxes], np.int64),
             boxes=np.concatenate([*group.boxes, np.zeros((0, 4), np.float32)]).astype(np.float32),
-            pixel_values=np.stack(group.pixel_values) if group.pixel_values else np.zeros((0, 3, 1, 1), np.float32),
+            pixel_values=_stacked(group.pixel_values),
         )
         dead = {sample_id for sample_id, _ in group.skipped}
         for leaves, label, sample in group.choices:
             weight = 0.0 if label < 0 or group.sample_ids[sample] in dead else 1.0
             self.choices.append((leaves + self.leaves, label, len(self.sample_ids) + sample, weight, group.task_id))
+        self.instructions += [group.instruction] * len(group.pixel_values)
         self.sample_image += [self.images] * len(group.sample_ids)
         self.sample_ids += group.sample_ids
         self.skipped += group.skipped
@@ -113,8 +120,20 @@ class _Row:
         self.leaves += len(group.leaf_weight)
 
 
-def _check_slots(group: EncodedGroup, visual_tokens: int) -> None:
-    """Image slots match visual tokens one to one (up to copies of a flat layout); regions exist (P6)."""
+def _stacked(pixels: Sequence[np.ndarray]) -> np.ndarray:
+    """float32[N, 3, H, W]. One image, the usual case, is not copied: it will be, when the row is joined."""
+    if len(pixels) == 1:
+        return pixels[0][None]
+    return np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), np.float32)
+
+
+def _check_slots(group: EncodedGroup, visual_tokens: int) -> int:
+    """Image slots match visual tokens one to one (up to copies of a flat layout), boxes belong to images, region slots
+    to boxes (P6). Returns the number of regions that slots name."""
+    if len(group.boxes) != len(group.pixel_values):
+        raise ValueError(
+            f"group of {group.sample_ids[:1]}: boxes of {len(group.boxes)} images for {len(group.pixel_values)} images"
+        )
     wanted = len(group.pixel_values) * visual_tokens
     present = np.unique(group.image_slots[group.image_slots >= 0])
     if len(present) != wanted or (wanted and present[-1] != wanted - 1):
@@ -124,6 +143,11 @@ def _check_slots(group: EncodedGroup, visual_tokens: int) -> None:
         raise ValueError(
             f"group of {group.sample_ids[:1]}: region slot {group.region_slots.max()} of {regions} regions"
         )
+    if regions > group.regions_annotated:
+        raise ValueError(
+            f"group of {group.sample_ids[:1]}: {regions} boxes, its images have {group.regions_annotated} regions"
+        )
+    return len(np.unique(group.region_slots[group.region_slots >= 0]))
 
 
 def _targets(group: EncodedGroup) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -163,6 +187,7 @@ def collate(
     def padded(array: np.ndarray, value: int) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([array, np.full(padding, value, np.int64)]))
 
+    instruction_ids, instruction_mask = _instructions(row.instructions, pad_id)
     width = max((len(c[0]) for c in row.choices), default=1)
     for leaves, _, sample, _, _ in row.choices:
         if len(leaves) != width:
@@ -178,6 +203,9 @@ def collate(
         box_offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(a["box_counts"])]).astype(np.int64)),
         image_slots=padded(a["image_slots"], -1),
         region_slots=padded(a["region_slots"], -1),
+        soft_slots=padded(a["soft_slots"], 0).bool(),
+        instruction_ids=instruction_ids,
+        instruction_mask=instruction_mask,
         target_from=torch.from_numpy(a["target_from"]),
         target_ids=torch.from_numpy(a["target_ids"]),
         target_leaf=torch.from_numpy(a["target_leaf"]),
@@ -197,7 +225,18 @@ def collate(
         sample_image=row.sample_image,
         skipped=row.skipped,
         real_tokens=row.tokens,
+        regions_used=row.used,
+        regions_unused=row.annotated - row.used,
     )
+
+
+def _instructions(given: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Instructions int64[N, L'] of the images of a row, padded at the end, and their mask."""
+    lengths = torch.tensor([len(ids) for ids in given], dtype=torch.int64)
+    width = int(lengths.max()) if len(given) else 0
+    padded = [np.pad(ids, (0, width - len(ids)), constant_values=pad_id) for ids in given]
+    ids = torch.from_numpy(np.stack(padded)) if given else torch.zeros((0, 0), dtype=torch.int64)
+    return ids, torch.arange(width)[None] < lengths[:, None]
 
 
 def _missing_row(image_size: int, seed: int, pad_id: int) -> Batch:
@@ -213,6 +252,9 @@ def _missing_row(image_size: int, seed: int, pad_id: int) -> Batch:
         box_offsets=torch.zeros(1, dtype=torch.int64),
         image_slots=torch.full((1,), -1),
         region_slots=torch.full((1,), -1),
+        soft_slots=torch.zeros(1, dtype=torch.bool),
+        instruction_ids=torch.zeros((0, 0), dtype=torch.int64),
+        instruction_mask=torch.zeros((0, 0), dtype=torch.bool),
         target_from=none,
         target_ids=none,
         target_leaf=none,

@@ -16,7 +16,8 @@ from eventlens_ds.data.records import Batch
 
 Control = Literal["none", "blank", "permute_regions"]
 """none: as is. blank: grey pixels and no region reaches the text. permute_regions: the boxes of every image trade
-places, so each mention is linked to the feature of another region."""
+places, so each mention is linked to the feature of another region; an image with one region stays as it is (see
+`permutable`)."""
 
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
@@ -28,10 +29,23 @@ def apply_control(batch: Batch, control: Control) -> Batch:
             batch,
             pixel_values=torch.zeros_like(batch.pixel_values),
             region_slots=torch.full_like(batch.region_slots, -1),
+            regions_used=0,
+            regions_unused=batch.regions_used + batch.regions_unused,
         )
     if control == "permute_regions":
-        boxes = batch.boxes.clone()
-        for start, end in zip(batch.box_offsets[:-1].tolist(), batch.box_offsets[1:].tolist()):
-            boxes[start:end] = batch.boxes[start:end].roll(1, 0)
-        return replace(batch, boxes=boxes)
+        return replace(batch, boxes=_permuted(batch))
     return batch
+
+
+def _permuted(batch: Batch) -> torch.Tensor:
+    boxes = batch.boxes.clone()
+    for start, end in zip(batch.box_offsets[:-1].tolist(), batch.box_offsets[1:].tolist()):
+        boxes[start:end] = batch.boxes[start:end].roll(1, 0)
+    return boxes
+
+
+def permutable(batch: Batch) -> list[bool]:
+    """Per image of a batch as it was read: whether permute_regions changes anything in it. It does not where fewer
+    than two regions reach the model, nor where all of them have the same box."""
+    moved = (_permuted(batch) != batch.boxes).any(1)
+    return [bool(moved[s:e].any()) for s, e in zip(batch.box_offsets[:-1].tolist(), batch.box_offsets[1:].tolist())]

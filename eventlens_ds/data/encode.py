@@ -18,7 +18,16 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from eventlens_ds.data.prompts import Piece, PromptStyle, RenderedGroup, mentions, render
+from eventlens_ds.data.prompts import (
+    Piece,
+    PromptStyle,
+    RenderedGroup,
+    RenderedSample,
+    mentions,
+    render,
+    shorten_tags,
+    text_of,
+)
 from eventlens_ds.data.records import CHOICE_TASKS, TASKS, EncodedGroup, Group
 from eventlens_ds.data.tokenizer import PieceTokenizer
 from eventlens_ds.data.transforms import Resized
@@ -38,20 +47,42 @@ class VisionSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodeSpec:
-    """Everything besides the data that decides how a group is laid out."""
+    """Everything besides the data that decides how a group is laid out.
+
+    instruction_tokens: tokens of the question that the Q-Former reads; above 0 samples with different questions do not
+    share a group, because their visual tokens differ."""
 
     vision: VisionSpec
     linking: Linking
     style: PromptStyle = PromptStyle()
+    instruction_tokens: int = 0
 
 
 def pieces_length(pieces: Sequence[Piece], tokenizer: PieceTokenizer, spec: EncodeSpec) -> int:
     """Tokens of a run of pieces, by arithmetic."""
     inserted = 1 if spec.linking == "insert" else 0
     return sum(
-        spec.vision.tokens if p.image >= 0 else len(tokenizer.ids(p.text)) + (inserted if p.region >= 0 else 0)
+        spec.vision.tokens
+        if p.image >= 0
+        else len(tokenizer.ids(p.text)) + (inserted if p.region >= 0 else 0) + (1 if p.soft else 0)
         for p in pieces
     )
+
+
+def rendered_group(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec) -> RenderedGroup:
+    """`prompts.render` with the tags cut to their budget, which only a tokenizer can count."""
+    rendered = render(group, spec.style)
+    if spec.style.tag_tokens < 0:
+        return rendered
+    prefix = shorten_tags(rendered.prefix, lambda text: len(tokenizer.ids(text)), spec.style.tag_tokens)
+    return rendered._replace(prefix=prefix)
+
+
+def instruction(sample: RenderedSample, tokenizer: PieceTokenizer, spec: EncodeSpec) -> tuple[int, ...]:
+    """What the Q-Former reads for a sample: the end of its question, without tags [released code]."""
+    if not spec.instruction_tokens:
+        return ()
+    return tuple(tokenizer.ids(text_of(sample.stem)))[-spec.instruction_tokens :]
 
 
 class SampleLength(NamedTuple):
@@ -82,6 +113,7 @@ class _Segments:
     ids: list[int] = field(default_factory=list)
     image_slots: list[int] = field(default_factory=list)
     region_slots: list[int] = field(default_factory=list)
+    soft_slots: list[bool] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     bounds: list[tuple[int, int]] = field(default_factory=list)
 
@@ -96,14 +128,22 @@ class _Segments:
             self._token(self.tokenizer.bos)
         for piece in pieces:
             if piece.image >= 0:
-                first = piece.image * self.spec.vision.tokens
-                for slot in range(first, first + self.spec.vision.tokens):
-                    self._token(self.tokenizer.pad, image=slot)
+                tokens = self.spec.vision.tokens
+                first = piece.image * tokens
+                self.ids += [self.tokenizer.pad] * tokens
+                self.image_slots += range(first, first + tokens)
+                self.region_slots += [-1] * tokens
+                self.soft_slots += [False] * tokens
+                continue
+            if piece.soft:
+                self._token(self.tokenizer.pad, soft=True)
                 continue
             ids = self.tokenizer.ids(piece.text)
-            for i, token in enumerate(ids):
-                linked = self.spec.linking == "add" and not (leaf and i + 1 < len(ids))
-                self._token(token, region=piece.region if linked else -1)
+            linked = len(ids[-1:] if leaf else ids) if self.spec.linking == "add" else 0
+            self.ids += ids
+            self.image_slots += [-1] * len(ids)
+            self.region_slots += [-1] * (len(ids) - linked) + [piece.region] * linked
+            self.soft_slots += [False] * len(ids)
             if piece.region >= 0 and self.spec.linking == "insert":
                 self._token(self.tokenizer.pad, region=piece.region)
         if leaf:
@@ -112,10 +152,11 @@ class _Segments:
         self.bounds.append((start, len(self.ids)))
         return len(self.parents) - 1
 
-    def _token(self, token: int, image: int = -1, region: int = -1) -> None:
+    def _token(self, token: int, region: int = -1, soft: bool = False) -> None:
         self.ids.append(token)
-        self.image_slots.append(image)
+        self.image_slots.append(-1)
         self.region_slots.append(region)
+        self.soft_slots.append(soft)
 
 
 ImageLoader = Callable[[int], Resized]
@@ -127,7 +168,10 @@ def encode(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec, load_image
     """Encode a group. A picture that cannot be decoded keeps the layout (the plan has counted its tokens) but is
     blank. Samples on it, and samples that mention a region with an unusable box, weigh nothing and are listed in
     `skipped`."""
-    rendered = render(group, spec.style)
+    rendered = rendered_group(group, tokenizer, spec)
+    asked = {instruction(text, tokenizer, spec) for text in rendered.samples}
+    if len(asked) > 1:
+        raise ValueError(f"group of {group.samples[0].id}: {len(asked)} instructions for one set of visual tokens")
     segments = _Segments(tokenizer, spec)
     root = segments.add(rendered.prefix, -1, bos=True)
     leaf_segment: list[int] = []
@@ -145,6 +189,7 @@ def encode(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec, load_image
         if is_choice:
             label = -1 if sample.label is None else sample.label
             choices.append((np.arange(first, len(leaf_segment), dtype=np.int64), label, s))
+    _check_links(group, rendered, segments)
     pixels, boxes, skipped = _images(group, rendered, spec, load_image)
     dead = {sample_id for sample_id, _ in skipped}
     leaf_weight = [0.0 if group.samples[s].id in dead else w for s, w in zip(leaf_sample, leaf_weight)]
@@ -155,6 +200,8 @@ def encode(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec, load_image
         bounds=np.asarray(segments.bounds, np.int32).reshape(-1, 2),
         image_slots=np.asarray(segments.image_slots, np.int64),
         region_slots=np.asarray(segments.region_slots, np.int64),
+        soft_slots=np.asarray(segments.soft_slots, np.bool_),
+        instruction=np.asarray(asked.pop(), np.int64),
         leaf_segment=np.asarray(leaf_segment, np.int32),
         leaf_sample=np.asarray(leaf_sample, np.int32),
         leaf_weight=np.asarray(leaf_weight, np.float32),
@@ -163,7 +210,21 @@ def encode(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec, load_image
         boxes=boxes,
         sample_ids=[sample.id for sample in group.samples],
         skipped=skipped,
+        regions_annotated=sum(len(image.regions) for image in group.images),
     )
+
+
+def _check_links(group: Group, rendered: RenderedGroup, segments: _Segments) -> None:
+    """Every region that the rendered text mentions has a slot, and no other region has (P6)."""
+    if segments.spec.linking == "none":
+        return
+    texts = (rendered.prefix, *(part for sample in rendered.samples for part in (sample.stem, *sample.leaves)))
+    mentioned = {piece.region for text in texts for piece in text if piece.region >= 0}
+    linked = {slot for slot in segments.region_slots if slot >= 0}
+    if mentioned != linked:
+        raise ValueError(
+            f"group of {group.samples[0].id}: {len(mentioned)} regions mentioned, {len(linked)} have a region slot"
+        )
 
 
 def _images(

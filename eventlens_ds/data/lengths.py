@@ -22,16 +22,16 @@ import numpy as np
 from filelock import FileLock
 
 from eventlens_ds.data import sources
-from eventlens_ds.data.encode import EncodeSpec, group_lengths
-from eventlens_ds.data.prompts import MAX_LISTED_REGIONS, PROMPT_VERSION, render
+from eventlens_ds.data.encode import EncodeSpec, group_lengths, instruction, rendered_group
+from eventlens_ds.data.prompts import MAX_LISTED_REGIONS, PROMPT_VERSION
 from eventlens_ds.data.records import TASKS, Group, ImageRecord, Sample
 from eventlens_ds.data.shards import ShardSet
 from eventlens_ds.data.tokenizer import PieceTokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("image", "record", "part", "task", "prefix", "stem", "leaves", "supervised", "blind", "alone")
-LENGTHS_VERSION = 1
+COLUMNS = ("image", "record", "part", "task", "prefix", "stem", "leaves", "supervised", "blind", "alone", "asked")
+LENGTHS_VERSION = 2
 _CHUNK_IMAGES = 512
 
 
@@ -39,7 +39,8 @@ _CHUNK_IMAGES = 512
 class SampleTable:
     """Columns int32[N], sorted by (task, image, record, part). `prefix` is the prefix of the sample's own group
     when it stands alone; `blind` is 1 for a choice sample without a label; `alone` is 1 when the image has more
-    regions than a prefix lists by itself, so that two samples need not share their prefix."""
+    regions than a prefix lists by itself, so that two samples need not share their prefix; `asked` tells instructions
+    to a Q-Former apart (31 bits of a hash), 0 without one."""
 
     columns: np.ndarray
     fingerprint: str
@@ -117,7 +118,7 @@ def _compute(shards: ShardSet, tokenizer_path: str, spec: EncodeSpec, workers: i
 
 
 def _fingerprint(shards: ShardSet, tokenizer: PieceTokenizer, spec: EncodeSpec) -> str:
-    layout = (spec.linking, spec.style, spec.vision.tokens)
+    layout = (spec.linking, spec.style, spec.vision.tokens, spec.instruction_tokens)
     key = (LENGTHS_VERSION, PROMPT_VERSION, shards.fingerprint, tokenizer.fingerprint, layout)
     return hashlib.sha256(repr(key).encode()).hexdigest()[:20]
 
@@ -138,13 +139,18 @@ def _image_lengths(shards: ShardSet, tokenizer: PieceTokenizer, spec: EncodeSpec
     for i in range(start, end):
         image, found = read_image_samples(shards, i)
         for record, part, sample in found:
-            prefix, (length,) = group_lengths(
-                render(Group(sample.task, (image,), (sample,)), spec.style), tokenizer, spec
-            )
+            rendered = rendered_group(Group(sample.task, (image,), (sample,)), tokenizer, spec)
+            prefix, (length,) = group_lengths(rendered, tokenizer, spec)
             blind = int(bool(sample.candidates) and sample.label is None)
             alone = int(spec.style.list_objects and len(image.regions) > MAX_LISTED_REGIONS)
-            lines.append((i, record, part, TASKS.index(sample.task), prefix, *length, blind, alone))
+            asked = _hash(instruction(rendered.samples[0], tokenizer, spec))
+            lines.append((i, record, part, TASKS.index(sample.task), prefix, *length, blind, alone, asked))
     return np.asarray(lines, np.int32).reshape(-1, len(COLUMNS)).T
+
+
+def _hash(ids: tuple[int, ...]) -> int:
+    digest = hashlib.blake2b(np.asarray(ids, "<i8").tobytes(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1 if ids else 0
 
 
 def _save(path: Path, columns: np.ndarray) -> None:
@@ -172,23 +178,23 @@ def group_index(
 
 
 def _close_groups(table: SampleTable, lines: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
-    names = ("image", "task", "prefix", "alone", "stem", "leaves")
-    previous: tuple[int, int, int] | None = None
+    names = ("image", "task", "asked", "prefix", "alone", "stem", "leaves")
+    previous: tuple[int, int, int, int] | None = None
     first: list[int] = []
     last: list[int] = []
     lengths: list[int] = []
-    for line, image, task, prefix, alone, stem, leaves in zip(
+    for line, image, task, asked, prefix, alone, stem, leaves in zip(
         lines.tolist(), *(table[n][lines].tolist() for n in names)
     ):
         own = stem + leaves
-        if previous == (image, task, line - 1) and not alone and lengths[-1] + own <= max_tokens:
+        if previous == (image, task, asked, line - 1) and not alone and lengths[-1] + own <= max_tokens:
             last[-1] = line + 1
             lengths[-1] += own
         else:
             first.append(line)
             last.append(line + 1)
             lengths.append(prefix + own)
-        previous = (image, task, line)
+        previous = (image, task, asked, line)
     starts = np.asarray(first, np.int64)
     yield starts
     yield np.asarray(last, np.int64)

@@ -17,10 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 from eventlens_ds.data import boxes as box_ops
 from eventlens_ds.data.records import ImageRecord
-from eventlens_ds.data.sources import Source, captions, vcr, visualcomet
-from eventlens_ds.data.sources.captions import CaptionSource
+from eventlens_ds.data.sources import Source, vcr, visualcomet
 from eventlens_ds.data.sources.layout import Problem, image_file, inside, lines, parse_object, read_metadata
 from eventlens_ds.data.sources.layout import image_record as image_record_of
+from eventlens_ds.data.sources.rows import RowSource
 from eventlens_ds.data.sources.vcr import VcrSource
 from eventlens_ds.data.sources.visualcomet import RELATIONS, VisualCometSource
 from eventlens_ds.data.transforms import decode_image
@@ -52,7 +52,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     "image-missing": ("error", "an image file that is not there"),
     "image-broken": ("error", "a picture that cannot be decoded, or not in the size of its metadata"),
     "unchecked": ("warning", "no VCR files to check a train split of VisualCOMET for held-out images"),
-    "split-overlap": ("error", "an image of this split that another split holds too, or that VCR holds out"),
+    "split-overlap": ("error", "an image of this split that another split holds too, or that VCR or RefCOCO holds out"),
 }
 
 MIN_LABELS = 20
@@ -73,7 +73,7 @@ class _Row(NamedTuple):
 
 
 def lint(source: Source, split: str, *, decode: bool = True) -> list[Finding]:
-    """Check a split of a VCR, VisualCOMET or caption source. `decode=False` leaves out the decoding of pictures.
+    """Check a split of one source of `data build`. `decode=False` leaves out the decoding of pictures.
 
     Raises UserError when the split has no file or the source is of another kind.
     """
@@ -81,10 +81,10 @@ def lint(source: Source, split: str, *, decode: bool = True) -> list[Finding]:
         found = _lint_vcr(source, split, decode)
     elif isinstance(source, VisualCometSource):
         found = _lint_visualcomet(source, split, decode)
-    elif isinstance(source, CaptionSource):
-        found = _lint_captions(source, split, decode)
+    elif isinstance(source, RowSource):
+        found = _lint_rows(source, split, decode)
     else:
-        raise UserError(f"lint knows the sources vcr, visualcomet and captions, not {source.name!r}")
+        raise UserError(f"lint knows vcr, visualcomet, captions, rec, vg, vqa, vsr, pope and tags, not {source.name!r}")
     return sorted(found, key=_place)
 
 
@@ -152,25 +152,26 @@ def _lint_visualcomet(source: VisualCometSource, split: str, decode: bool) -> It
         yield _located("json", error)
 
 
-def _lint_captions(source: CaptionSource, split: str, decode: bool) -> Iterator[Finding]:
+def _lint_rows(source: RowSource, split: str, decode: bool) -> Iterator[Finding]:
     pictures, repeats = _Pictures(source.image_dir, decode), _Repeats()
     others: dict[str, set[str]] = {}
     mine: dict[str, str] = {}
-    for entry in _json_lines(source.path):
-        if isinstance(entry, Finding):
-            yield entry
-            continue
-        where, row = entry
-        problems = list(captions.row_problems(row))
+    for entry in source.entries():
+        where, row = entry.where, entry.row
+        problems = [] if entry.fault is not None else list(source.row_problems(row))
+        if entry.fault is not None:
+            yield _located("json", entry.fault)
         yield from _findings(problems, where)
-        if problems:
+        if problems or entry.fault is not None:
             continue
         name = row["img_path"]
-        if source.split_of(row) != split:
-            others.setdefault(source.split_of(row), set()).add(name)
+        if (chosen := source.split_of(entry)) != split:
+            others.setdefault(chosen, set()).add(name)
             continue
         mine.setdefault(name, where)
-        yield from repeats.check(where, (name, row["caption"]))
+        if reason := source.refusal(row, split):
+            yield _finding("box" if reason.startswith("box ") else "split-overlap", where, reason)
+        yield from repeats.check(where, source.identity(row))
         beside = str(Path(name).with_suffix(".json"))
         yield from pictures.check(where, name, beside if (source.image_dir / beside).is_file() else None)
     overlap = _Overlap(others)

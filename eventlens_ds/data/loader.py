@@ -6,7 +6,8 @@ The stages:
   3. RunData.batch      row of the plan -> encoded groups -> Batch
   4. rank_batches       the rows of one rank in order, loaded by worker processes
 Decision: a worker is asked for a row by number and keeps no state, so the order is the plan's whatever the number of
-workers, and resuming is starting at another number (P3).
+workers, and resuming is starting at another number (P3). A row leaves its worker with the pixels as bytes, a quarter
+of their size as floats; they are normalised where they arrive.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from eventlens_ds.config.run_config import DataConfig
 from eventlens_ds.data import sources, transforms
@@ -98,10 +99,10 @@ class RunData:
         )
 
     def group(self, table: int, group: int) -> Group:
-        """Read a group: its image and its samples."""
+        """Read a group: its image, whose regions come without polygons, and its samples."""
         lines, index, shards = self.tables[table], self.groups[table], self.shards[table]
         span = range(int(index.first[group]), int(index.last[group]))
-        image = shards.image(int(lines["image"][span[0]]))
+        image = shards.image(int(lines["image"][span[0]]), outlines=False)
         expanded: dict[int, tuple] = {}
         samples = []
         for line in span:
@@ -113,10 +114,15 @@ class RunData:
 
     def batch(self, members: Sequence[tuple[int, int]], seed: int) -> Batch:
         """Encode the groups of a row. No members gives the missing row."""
+        return self.finish(self.raw_batch(members, seed))
+
+    def raw_batch(self, members: Sequence[tuple[int, int]], seed: int) -> Batch:
+        """The row before `finish`: its pixel_values are uint8."""
         encoded, keys = [], []
         for table, number in members:
             group = self.group(table, number)
-            made = self.encode(group, table, number)
+            made = self.encode(group, table, number, raw=True)
+            made.pixel_values = [self._as_bytes(pixels) for pixels in made.pixel_values]
             planned = int(self.groups[table].lengths[number])
             if made.num_tokens != planned:
                 raise ValueError(f"group of {made.sample_ids[0]}: {made.num_tokens} tokens, planned {planned}")
@@ -124,11 +130,27 @@ class RunData:
             keys += [image.key for image in group.images]
         batch = self.collate(encoded, seed)
         batch.image_keys = keys
+        return batch
+
+    def finish(self, batch: Batch) -> Batch:
+        """Normalise the pixels of a raw row, and show what the control of the run shows."""
+        if batch.pixel_values.dtype == torch.uint8:
+            vision = self.spec.vision
+            pixels = transforms.normalise_rows(batch.pixel_values.numpy(), vision.mean, vision.std)
+            batch.pixel_values = torch.from_numpy(pixels)
         return apply_control(batch, self.config.control)
 
-    def encode(self, group: Group, table: int, number: int) -> EncodedGroup:
-        """Encode a group of samples on the image of group `number`, as `group` gave it or with other samples."""
-        return encode(group, self.tokenizer, self.spec, partial(self._image, group, table, number))
+    def _as_bytes(self, pixels: np.ndarray) -> np.ndarray:
+        """The pixels of an image. The zeros that stand in for one that cannot be decoded become the mean colour."""
+        if pixels.dtype == np.uint8:
+            return pixels
+        mean = np.rint(255 * np.asarray(self.spec.vision.mean)).astype(np.uint8)
+        return np.broadcast_to(mean[:, None, None], pixels.shape)
+
+    def encode(self, group: Group, table: int, number: int, *, raw: bool = False) -> EncodedGroup:
+        """Encode a group of samples on the image of group `number`, as `group` gave it or with other samples; `raw`
+        leaves the pixels as bytes."""
+        return encode(group, self.tokenizer, self.spec, partial(self._image, group, table, number, raw=raw))
 
     def collate(self, encoded: Sequence[EncodedGroup], seed: int) -> Batch:
         """Encoded groups as one row in the layout of the run."""
@@ -141,13 +163,13 @@ class RunData:
             pad_id=self.tokenizer.pad,
         )
 
-    def _image(self, group: Group, table: int, number: int, m: int) -> transforms.Resized:
+    def _image(self, group: Group, table: int, number: int, m: int, *, raw: bool = False) -> transforms.Resized:
         shards = self.shards[table]
         line = int(self.groups[table].first[number])
         image = group.images[m]
         vision = self.spec.vision
         payload = shards.image_bytes(int(self.tables[table]["image"][line]))
-        return transforms.load(payload, image, vision.image_size, mean=vision.mean, std=vision.std)
+        return transforms.load(payload, image, vision.image_size, mean=vision.mean, std=vision.std, raw=raw)
 
 
 def _cores() -> int:
@@ -155,7 +177,7 @@ def _cores() -> int:
 
 
 class RowDataset(Dataset):
-    """Rows by number: (members, seed) -> Batch."""
+    """Rows by number: (members, seed) -> Batch, in a worker as `RunData.raw_batch` makes it."""
 
     def __init__(self, data: RunData, rows: Sequence[tuple[Sequence[tuple[int, int]], int]]) -> None:
         self.data, self.rows = data, rows
@@ -165,7 +187,8 @@ class RowDataset(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         members, seed = self.rows[index]
-        return self.data.batch(members, seed)
+        made = self.data.raw_batch(members, seed)
+        return made if get_worker_info() else self.data.finish(made)
 
 
 class PlannedRows(Sequence):
@@ -199,7 +222,7 @@ def row_seed(seed: int, step: int, slot: int) -> int:
 
 
 def rank_batches(dataset: Dataset, *, workers: int, prefetch: int) -> Iterator[Batch]:
-    """Batches in the order of the data set."""
+    """Batches in the order of the data set, those of a RowDataset finished."""
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -211,7 +234,8 @@ def rank_batches(dataset: Dataset, *, workers: int, prefetch: int) -> Iterator[B
         worker_init_fn=partial(_start_worker, os.getpid()) if workers else None,
     )
     for item in loader:
-        yield _unpacked(item) if workers else item
+        batch = _unpacked(item) if workers else item
+        yield dataset.data.finish(batch) if workers and isinstance(dataset, RowDataset) else batch
 
 
 def _packed(batch: Any) -> dict[str, Any]:

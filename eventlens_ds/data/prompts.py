@@ -8,7 +8,7 @@ EventLens abstract uses instruct-style prompts in both stages to narrow the gap 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from eventlens_ds.data.records import Group, RegionRef, Sample, Tokens
@@ -30,19 +30,25 @@ RELATION_QUESTIONS: dict[str, tuple[str, str]] = {
 
 
 class PromptStyle(NamedTuple):
-    """Choices of wording that a run makes (DataConfig explains them); part of every length and plan."""
+    """Choices of wording that a run makes (DataConfig explains them); part of every length and plan.
+
+    tag_tokens: tokens that the tags of an image may take behind the soft prompt; -1: tags are not listed."""
 
     list_objects: bool = True
     event_context: Literal["event", "subject"] = "event"
+    tag_tokens: int = -1
 
 
 class Piece(NamedTuple):
     """Text that is tokenised on its own. `region` is the region it mentions, counted over the images of the
-    group, or -1; `image` is the image whose visual tokens stand here, or -1 (then `text` is empty)."""
+    group, or -1; `image` is the image whose visual tokens stand here, or -1 (then `text` is empty). `soft`: one
+    token, the soft prompt (`text` is empty). `tag`: a tag of image `tag`, which may be left out, or -1."""
 
     text: str
     region: int = -1
     image: int = -1
+    soft: bool = False
+    tag: int = -1
 
 
 class RenderedSample(NamedTuple):
@@ -104,6 +110,7 @@ def render(group: Group, style: PromptStyle = PromptStyle()) -> RenderedGroup:  
         for box in boxes:
             named += [" ", RegionRef(m, box)]
         prefix += pieces(tuple(named)) if style.list_objects else ()
+        prefix += _tags(m, group.images[m].tags) if style.tag_tokens >= 0 else ()
     rendered = tuple(
         RenderedSample(
             pieces(*_stem(sample, style)),
@@ -112,6 +119,33 @@ def render(group: Group, style: PromptStyle = PromptStyle()) -> RenderedGroup:  
         for sample in group.samples
     )
     return RenderedGroup(tuple(prefix), rendered, regions)
+
+
+def _tags(m: int, tags: Sequence[str]) -> list[Piece]:
+    """LION's soft prompt for image m [released code]; without tags there is nothing to hint at."""
+    if not tags:
+        return []
+    listed = [Piece(f", {tag}" if i else tag, tag=m) for i, tag in enumerate(tags)]
+    head = [Piece(" According to"), Piece("", soft=True)]
+    head.append(Piece(", you are allowed to use or partially use the following tags: ["))
+    return [*head, *listed, Piece("].")]
+
+
+def shorten_tags(pieces: Sequence[Piece], length: Callable[[str], int], budget: int) -> tuple[Piece, ...]:
+    """The pieces with the tags of every image cut from the end of its list until they fit `budget` tokens.
+
+    Nothing else is ever left out: neither the head with the soft prompt nor the question."""
+    left: dict[int, int] = {}
+    kept: list[Piece] = []
+    for piece in pieces:
+        if piece.tag >= 0:
+            # Once one does not fit, no later one of this image is listed: the order says how sure the tagger was.
+            room = left.get(piece.tag, budget) - length(piece.text)
+            left[piece.tag] = room if room >= 0 else -1
+            if room < 0:
+                continue
+        kept.append(piece)
+    return tuple(kept)
 
 
 def _stem(sample: Sample, style: PromptStyle) -> list[str | Tokens]:
@@ -124,6 +158,14 @@ def _stem(sample: Sample, style: PromptStyle) -> list[str | Tokens]:
         return _event_stem(sample, turns, style)
     if sample.task == "caption":
         return [" Describe the picture. Answer:"]
+    if sample.task == "rec":
+        return [" Can you locate ", turns["expression"], " and let me know its coordinates? Answer:"]
+    if sample.task == "reg":
+        return [" Describe the region ", turns["box"], ". Answer:"]
+    if sample.task in ("vqa", "pope"):
+        return [" ", turns["question"], " Answer:"]
+    if sample.task == "vsr":
+        return [" ", turns["statement"], " Is this true? Answer:"]
     raise ValueError(f"sample {sample.id}: no prompt for task {sample.task!r}")
 
 
@@ -163,4 +205,4 @@ def _lead_with_space(pieces: Sequence[Piece]) -> list[Piece]:
 
 def text_of(pieces: Iterable[Piece]) -> str:
     """The text of pieces as a reader sees it, e.g. for prediction rows and previews."""
-    return "".join(p.text if p.image < 0 else "<image>" for p in pieces).strip()
+    return "".join("<image>" if p.image >= 0 else " <hint>" if p.soft else p.text for p in pieces).strip()

@@ -16,11 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-TASKS: tuple[str, ...] = ("caption", "event", "vcr_answer", "vcr_rationale")
+TASKS: tuple[str, ...] = ("caption", "event", "vcr_answer", "vcr_rationale", "rec", "reg", "vqa", "vsr", "pope")
 """Names of the tasks in the order of their ids: the task id of a token picks its adapter."""
 
-LM_TASKS = frozenset({"caption", "event"})
 CHOICE_TASKS = frozenset({"vcr_answer", "vcr_rationale"})
+LM_TASKS = frozenset(TASKS) - CHOICE_TASKS
+REGION_TASKS = frozenset({"event", "vcr_answer", "vcr_rationale", "rec", "reg"})
+"""Tasks about regions, LION's region level; all others are image level."""
 
 
 class Box(NamedTuple):
@@ -56,6 +58,8 @@ class ImageRecord:
     regions: tuple[Region, ...]
     movie: str = ""
     split: str = ""
+    tags: tuple[str, ...] = ()
+    """What a tagger saw, the surest first; a prompt may list them (LION's soft prompt)."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,16 @@ Tokens = tuple["str | RegionRef", ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """One item: a VCR question (Q->A or QA->R), one relation of an event, or a caption.
+    """One item: a VCR question (Q->A or QA->R), one relation of an event, a caption, an expression, a question.
 
     `turns` is what comes before the answer. A choice sample has `candidates` and `label` (None on a blind split);
     an LM sample has `targets`, alternatives that each follow `turns` on their own. `fields` carries what a
-    template or a metric needs by name (relation, place, annot_id, which_person, ...), as strings.
+    template or a metric needs by name (relation, place, annot_id, which_person, ...), as strings:
+      rec   turn expression, target the box as text; field box, four pixels as JSON
+      reg   turn box (as text), targets every expression of that box; field box
+      vqa   turn question, target the most frequent answer; fields answers (JSON list of 10 or 1), answer_type
+      vsr   turn statement, target yes or no; field label, 1 or 0
+      pope  turn question, target yes or no; fields label (yes or no), setting (random, popular, adversarial)
     """
 
     id: str
@@ -84,7 +93,7 @@ class Sample:
     task: str
     images: tuple[str, ...]
     turns: tuple[tuple[str, Tokens], ...]
-    """(role, text) pairs; roles: question, answer, event, place, relation."""
+    """(role, text) pairs; roles: question, answer, event, place, relation, expression, box, statement."""
     targets: tuple[Tokens, ...] = ()
     candidates: tuple[Tokens, ...] = ()
     label: int | None = None
@@ -115,6 +124,8 @@ class EncodedGroup:
     bounds         int32[S, 2]  start and end of each segment; segments tile [0, T) in order
     image_slots    int64[T]  index into the visual tokens of the group (image-major) or -1
     region_slots   int64[T]  index into the regions of the group or -1; many tokens may name one region (P6)
+    soft_slots     bool[T]   where the soft prompt stands
+    instruction    int64[L']  what the Q-Former is told, the same for all images of the group; often empty
     leaf_segment   int32[L]  the segment of every scored or supervised continuation
     leaf_sample    int32[L]  the sample it belongs to
     leaf_weight    float32[L]  0 for a leaf that is shown but not trained on (an injured or a blind sample)
@@ -127,6 +138,8 @@ class EncodedGroup:
     bounds: np.ndarray
     image_slots: np.ndarray
     region_slots: np.ndarray
+    soft_slots: np.ndarray
+    instruction: np.ndarray
     leaf_segment: np.ndarray
     leaf_sample: np.ndarray
     leaf_weight: np.ndarray
@@ -138,6 +151,8 @@ class EncodedGroup:
     sample_ids: list[str]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """(sample id, reason) of samples whose loss weight was set to zero."""
+    regions_annotated: int = 0
+    """Regions of the images of the group, whether or not they are encoded."""
 
     @property
     def num_tokens(self) -> int:
@@ -155,6 +170,8 @@ class Batch:
     boxes         float32[R, 4]    sorted by image; box_offsets int64[N + 1]
     image_slots   int64[T]         index into N * P visual tokens (image-major) or -1
     region_slots  int64[T]         index into R or -1
+    soft_slots    bool[T]          tokens whose embedding is the soft prompt
+    instruction_ids int64[N, L']   what the Q-Former is told about each image; instruction_mask bool[N, L']
     target_from   int64[K]         position whose hidden state predicts the token (the parent's last token for the
                                    first token of a segment)
     target_ids    int64[K]         target_leaf int64[K]
@@ -173,6 +190,9 @@ class Batch:
     box_offsets: torch.Tensor
     image_slots: torch.Tensor
     region_slots: torch.Tensor
+    soft_slots: torch.Tensor
+    instruction_ids: torch.Tensor
+    instruction_mask: torch.Tensor
     target_from: torch.Tensor
     target_ids: torch.Tensor
     target_leaf: torch.Tensor
@@ -192,6 +212,10 @@ class Batch:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     real_tokens: int = 0
     """Tokens before padding; 0 marks a missing row, which is run and weighted zero."""
+    regions_used: int = 0
+    """Regions that a region slot names."""
+    regions_unused: int = 0
+    """Annotated regions of the images (an image counts once per group) that no region slot names (P6)."""
 
     def to(self, device: str | torch.device) -> Batch:
         """The batch on a device. What describes its shape (segments, box offsets) stays on the CPU: the forms of the

@@ -56,22 +56,27 @@ def canonical_json(data: Any) -> bytes:
 
 
 def image_to_json(image: ImageRecord) -> dict[str, Any]:
+    """What JSON holds of an image. Tags are left out where there are none, so shards without them keep their hash."""
     regions = [{"name": r.name, "box": r.box, "score": r.score, "polygons": r.polygons} for r in image.regions]
-    return {**vars(image), "regions": regions}
+    made = {**vars(image), "regions": regions}
+    return made if image.tags else {name: value for name, value in made.items() if name != "tags"}
 
 
-def image_from_json(data: Mapping[str, Any]) -> ImageRecord:
-    """Inverse of image_to_json. Raises KeyError, TypeError or ValueError on a wrong layout."""
+def image_from_json(data: Mapping[str, Any], *, outlines: bool = True) -> ImageRecord:
+    """Inverse of image_to_json, without the polygons if they are not wanted: they are most of the metadata.
+
+    Raises KeyError, TypeError or ValueError on a wrong layout.
+    """
     regions = tuple(
         Region(
             name=region["name"],
             box=Box(*region["box"]),
             score=region["score"],
-            polygons=tuple(tuple((x, y) for x, y in polygon) for polygon in region["polygons"]),
+            polygons=tuple(tuple((x, y) for x, y in polygon) for polygon in region["polygons"]) if outlines else (),
         )
         for region in data["regions"]
     )
-    return ImageRecord(**{**data, "regions": regions})
+    return ImageRecord(**{**data, "regions": regions, "tags": tuple(data.get("tags", ()))})
 
 
 @contextmanager
@@ -274,12 +279,12 @@ class ShardSet:
     def key(self, image: int) -> str:
         return self.index.keys[image].decode()
 
-    def image(self, image: int) -> ImageRecord:
-        """Metadata of an image."""
+    def image(self, image: int, *, outlines: bool = True) -> ImageRecord:
+        """Metadata of an image, on request without the polygons of its regions."""
         start, size, crc = self._place("meta", image)
         where, payload = self._read(image, f"{self.key(image)}.meta.json", start, size, crc)
         try:
-            return image_from_json(parse_json(payload, where))
+            return image_from_json(parse_json(payload, where), outlines=outlines)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{where}: not the metadata of an image: {error!r}") from error
 

@@ -54,7 +54,7 @@ Mode = Literal["squash", "pad"]
 
 class Resized(NamedTuple):
     pixels: np.ndarray
-    """float32[3, H, W], normalised by mean and std."""
+    """float32[3, H, W], normalised by mean and std; uint8[3, H, W] when they stay raw."""
     boxes: np.ndarray
     """float32[R, 4], xyxy in pixels of the resized image; an invalid box is the whole picture."""
     invalid: dict[int, str]
@@ -69,9 +69,11 @@ def load(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
     *,
+    raw: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Resized:
-    """Decode a stored picture and resize it with its boxes. `size` is the side, or (height, width).
+    """Decode a stored picture and resize it with its boxes. `size` is the side, or (height, width); `raw` leaves
+    pixels for `normalise_rows`.
 
     Raises DataError when the picture cannot be decoded, has too many pixels, or has a size other than its metadata
     says.
@@ -82,7 +84,7 @@ def load(
     picture = decode_image(data, max_pixels=max_pixels, frame=frame, at_least=enough)
     boxes = box_ops.as_array(region.box for region in image.regions)
     whole = frame or displayed_size(data, max_pixels=max_pixels)
-    return resize_with_boxes(picture, boxes, size, mode, mean, std, frame=whole)
+    return resize_with_boxes(picture, boxes, size, mode, mean, std, frame=whole, raw=raw)
 
 
 def decode_image(
@@ -132,6 +134,7 @@ def resize_with_boxes(
     *,
     frame: tuple[int, int] | None = None,
     fill: tuple[int, int, int] = WHITE,
+    raw: bool = False,
 ) -> Resized:
     """Resize an RGB image and move boxes[R, 4] with it.
 
@@ -161,17 +164,25 @@ def resize_with_boxes(
     usable[list(invalid)] = (0, 0, frame_w, frame_h)
     usable = box_ops.clip_array(usable, frame_w, frame_h)
     moved = box_ops.move(usable, (inner_w / frame_w, inner_h / frame_h), (left, top))
-    return Resized(normalise_pixels(np.asarray(inner), mean, std), moved.astype(np.float32), invalid)
+    planes = np.asarray(inner).transpose(2, 0, 1)
+    pixels = np.ascontiguousarray(planes) if raw else normalise_rows(planes[None], mean, std)[0]
+    return Resized(pixels, moved.astype(np.float32), invalid)
 
 
 def normalise_pixels(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """uint8[H, W, 3] -> float32[3, H, W]: (x / 255 - mean) / std per channel."""
+    return normalise_rows(pixels.transpose(2, 0, 1)[None], mean, std)[0]
+
+
+def normalise_rows(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """uint8[N, 3, H, W] -> float32[N, 3, H, W]: (x / 255 - mean) / std per channel."""
     scale = (1.0 / (255.0 * np.asarray(std, np.float64))).astype(np.float32)
     shift = (np.asarray(mean, np.float64) / np.asarray(std, np.float64)).astype(np.float32)
-    out = np.empty((3, *pixels.shape[:2]), np.float32)
-    for c in range(3):
-        np.multiply(pixels[..., c], scale[c], out=out[c])
-        out[c] -= shift[c]
+    out = np.empty(pixels.shape, np.float32)
+    for image, made in zip(pixels, out):
+        for c in range(3):
+            np.multiply(image[c], scale[c], out=made[c])
+            made[c] -= shift[c]
     return out
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from eventlens_ds.data.encode import EncodeSpec, group_lengths
+from eventlens_ds.data.encode import EncodeSpec, group_lengths, rendered_group
 from eventlens_ds.data.lengths import read_image_samples
 from eventlens_ds.data.loader import RunData
 from eventlens_ds.data.packing import GroupTable, sequential_rows
@@ -126,7 +126,7 @@ def generation_rows(
     planned = sequential_rows([_table("events", lengths)], row_tokens=data.config.row_tokens)
 
     def batch_of(members: Members) -> Batch:
-        return data.collate([data.encode(groups[i][0], *groups[i][1]) for _, i in members], 0)
+        return data.finish(data.collate([data.encode(groups[i][0], *groups[i][1]) for _, i in members], 0))
 
     made: list[Any] = []
     for turn in turns(planned, batch_of, ranks):
@@ -135,7 +135,8 @@ def generation_rows(
             turn.batch,
             data.tokenizer,
             region_mentions([groups[i][0] for _, i in turn.members], data.tokenizer, data.spec.style),
-            linking=data.spec.linking,
+            # No region reaches a row of a blind run, so a name that is generated must not fetch one.
+            linking="none" if data.config.control == "blank" else data.spec.linking,
             device=ranks.device,
             vision_calls=turn.vision_calls,
             max_new_tokens=max_new_tokens,
@@ -167,7 +168,7 @@ def _by_image(data: RunData, found: Sequence[Event]) -> tuple[list[tuple[Group, 
     ]
     lengths = []
     for group, _ in groups:
-        prefix, samples = group_lengths(render(group, data.spec.style), data.tokenizer, data.spec)
+        prefix, samples = group_lengths(rendered_group(group, data.tokenizer, data.spec), data.tokenizer, data.spec)
         lengths.append(prefix + sum(s.stem + s.leaves for s in samples))
     return groups, lengths
 
@@ -196,7 +197,7 @@ def rank_candidates(
     row = event.row()
     key = f"{row['image']}/{row['event']}/{row['relation']}"
     ranking = Ranking(event, gold, tuple(events.draw_candidates(gold, pool, seed=seed, key=key)), ())
-    rendered = render(ranking.group(), spec.style)
+    rendered = rendered_group(ranking.group(), tokenizer, spec)
     (sample,) = rendered.samples
     alone = [
         group_lengths(rendered._replace(samples=(sample._replace(leaves=(leaf,)),)), tokenizer, spec)
@@ -242,6 +243,7 @@ def with_leaves(group: EncodedGroup, first: int, last: int) -> EncodedGroup:
         input_ids=group.input_ids[index],
         image_slots=group.image_slots[index],
         region_slots=group.region_slots[index],
+        soft_slots=group.soft_slots[index],
         parents=np.where(parents >= 0, renumber[parents], -1).astype(np.int32),
         bounds=np.stack([np.concatenate([[0], ends[:-1]]), ends], 1).astype(np.int32),
         leaf_segment=renumber[group.leaf_segment[wanted]].astype(np.int32),
@@ -266,7 +268,7 @@ def ranking_rows(forward: Forward, data: RunData, found: Sequence[Event], ranks:
             if made.num_tokens != tokens:
                 raise ValueError(f"candidates of {made.sample_ids[0]}: {made.num_tokens} tokens, planned {tokens}")
             encoded.append(made)
-        return data.collate(encoded, 0)
+        return data.finish(data.collate(encoded, 0))
 
     scored: list[Any] = []
     with torch.no_grad():

@@ -105,9 +105,9 @@ def score_generations(rows: Iterable[Row], *, java: bool | None = None, seed: in
         result["novel"] = sum(p["novel"] for p in pairs) / len(pairs)
     else:
         result["reasons"]["novel"] = "rows carry no novel marks"
-    references, hypotheses, result["tokenizer"] = _tokenized(pairs, java)
-    result |= _overlap(references, hypotheses, [p["image"] for p in pairs], seed, result["intervals"])
-    result["meteor"], reason = _meteor(references, hypotheses, java)
+    references, hypotheses, result["tokenizer"] = tokenized(pairs, java)
+    result |= overlap(references, hypotheses, [p["image"] for p in pairs], seed, result["intervals"])
+    result["meteor"], reason = meteor(references, hypotheses, java)
     if reason:
         result["reasons"]["meteor"] = reason
     return result
@@ -211,7 +211,7 @@ def _hypotheses(rows: Iterable[Row]) -> tuple[list[dict[str, Any]], int]:
     return pairs, blind
 
 
-def _tokenized(
+def tokenized(
     pairs: Sequence[Mapping[str, Any]], java: bool | None
 ) -> tuple[dict[int, list[str]], dict[int, list[str]], str]:
     """References and hypotheses by hypothesis number, tokenized in one call (starting Java costs more than it does)."""
@@ -222,13 +222,14 @@ def _tokenized(
     return references, {i: [form[p["hypothesis"]]] for i, p in enumerate(pairs)}, name
 
 
-def _overlap(
+def overlap(
     references: dict[int, list[str]],
     hypotheses: dict[int, list[str]],
     images: Sequence[str],
     seed: int,
     intervals: dict[str, Any],
 ) -> dict[str, float]:
+    """bleu2, cider and rouge_l; intervals of the last two over images are put into `intervals`."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -241,7 +242,7 @@ def _overlap(
     return {"bleu2": float(bleu[1]), "cider": float(cider), "rouge_l": float(rouge)}
 
 
-def _meteor(
+def meteor(
     references: dict[int, list[str]], hypotheses: dict[int, list[str]], java: bool | None
 ) -> tuple[float | None, str]:
     """METEOR 1.5 and "", or None and the reason."""

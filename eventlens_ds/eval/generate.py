@@ -1,9 +1,10 @@
 """Generation: every stem of a row is continued at once, one token per forward of the packed tree row.
 
 In: a forward (engine or model) and a row of the plan, or a `Batch`. Out: texts, `num_samples` per sample of the row.
-A step puts one leaf per wanted text below its stem, holding the tokens so far, and reads the logits at its end.
-Decision: no key-value cache and a fixed number of forwards. A forward is the one that trains (same tree, adapters,
-splice), so it runs under ZeRO-3, and ranks with short answers or no row keep step with the others (P5).
+A step puts one leaf per wanted text below its stem, holding the tokens so far, and reads the logits at its end; what
+it makes of them is up to a `Decoder`: the greedy and the nucleus one are here, beam search is in eval/beams.py.
+Decision: no key-value cache and a number of forwards that is fixed or agreed over ranks. A forward is the one that
+trains (same tree, adapters, splice), so it runs under ZeRO-3, and ranks with short answers or no row keep step (P5).
 A finished region name is linked to its region again in the next step, as a teacher-forced answer is.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -28,6 +30,21 @@ Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 Mentions = Mapping[tuple[int, ...], int]
 """Token ids of a region's name -> its index in `Batch.boxes`."""
+
+Finished = Callable[[bool], bool]
+"""Given whether this rank is done, whether all are: a collective, asked before every forward but the first."""
+
+
+class Decoder(Protocol):
+    """Texts that grow by one token per forward."""
+
+    def growing(self) -> Sequence[Leaf]:
+        """The leaves whose next token is wanted, all of one length; none when every text is finished."""
+        ...
+
+    def take(self, logits_LV: torch.Tensor) -> None:
+        """Logits over the tokenizer's vocabulary behind each leaf of `growing`."""
+        ...
 
 
 def generate(
@@ -92,10 +109,11 @@ def continue_row(
     num_samples: int = 1,
     top_p: float = 0.0,
     seed: int = 0,
+    finished: Finished | None = None,
 ) -> list[list[str]]:
     """`generate` for a batch whose samples each have at least one leaf; the leaves themselves are not read.
 
-    mentions: one per sample, see `region_mentions`.
+    mentions: one per sample, see `region_mentions`. finished: see `grow`.
     """
     if max_new_tokens < 1 or num_samples < 1 or not 0.0 <= top_p <= 1.0:
         raise UserError(
@@ -104,30 +122,57 @@ def continue_row(
         )
     # Greedy texts are all the same, so one is computed.
     distinct = num_samples if top_p > 0 else 1
-    prompt, ends = _prompt(batch)
-    leaves = [
-        _Leaf(end, sample_id, n, spelled)
+    prompt, ends = prompt_of(batch)
+    texts = [
+        _Text(end=end, mentions=spelled, sample_id=sample_id, number=n)
         for end, sample_id, spelled in zip(ends, batch.sample_ids, mentions, strict=True)
         for n in range(distinct)
     ]
-    idle = collate([], visual_tokens=0, image_size=batch.pixel_values.shape[-1], seed=0, pad_id=tokenizer.pad)
+    grow(
+        forward,
+        prompt,
+        _Drawn(texts, top_p, seed, tokenizer.eos),
+        tokenizer,
+        linking=linking,
+        device=device,
+        vision_calls=vision_calls,
+        max_new_tokens=max_new_tokens,
+        finished=finished,
+    )
+    decoded = [tokenizer.decode(text.tokens) for text in texts]
+    copies = num_samples // distinct
+    return [decoded[s * distinct : (s + 1) * distinct] * copies for s in range(len(ends))]
+
+
+def grow(
+    forward: Forward,
+    prompt: Batch,
+    decoder: Decoder,
+    tokenizer: PieceTokenizer,
+    *,
+    linking: Linking,
+    device: str,
+    vision_calls: int,
+    max_new_tokens: int,
+    finished: Finished | None = None,
+) -> None:
+    """Let a decoder grow behind the prompt of `prompt_of`.
+
+    `max_new_tokens` forwards; with `finished` as many as the rank with the longest text needs.
+    """
+    idle = collate([], visual_tokens=0, image_size=prompt.pixel_values.shape[-1], seed=0, pad_id=tokenizer.pad)
     idle, prompt = idle.to(device), prompt.to(device)
     with torch.no_grad():
         for token in range(max_new_tokens):
-            growing = [leaf for leaf in leaves if not leaf.done]
+            growing = decoder.growing()
+            if token and finished is not None and finished(not growing):
+                break
             row = _with_leaves(prompt, growing, tokenizer.pad, linking) if growing else idle
             _, logits = forward(row, vision_calls, with_logits=True)
-            if not growing:
-                continue
-            read = _read_positions(prompt, growing)
-            # A model may have more rows in its vocabulary than the tokenizer can spell.
-            scores = logits[torch.tensor(read, device=logits.device), : len(tokenizer)].double().cpu()
-            for leaf, score in zip(growing, scores):
-                uniform = draw(seed, leaf.number, leaf.sample_id, f"token {token}") / 2**64 if top_p > 0 else 0.0
-                leaf.take(choose(score, top_p, uniform), tokenizer.eos)
-    texts = [tokenizer.decode(leaf.tokens) for leaf in leaves]
-    copies = num_samples // distinct
-    return [texts[s * distinct : (s + 1) * distinct] * copies for s in range(len(ends))]
+            if growing:
+                read = torch.tensor(_read_positions(prompt, growing), device=logits.device)
+                # A model may have more rows in its vocabulary than the tokenizer can spell.
+                decoder.take(logits[read, : len(tokenizer)])
 
 
 def choose(scores_V: torch.Tensor, top_p: float, uniform: float) -> int:
@@ -144,21 +189,13 @@ def choose(scores_V: torch.Tensor, top_p: float, uniform: float) -> int:
     return int(order[min(place, nucleus - 1)])
 
 
-@dataclass
-class _Leaf:
-    """A text that grows. end: position of its stem's last token in the prompt; number: which text of the sample."""
+@dataclass(kw_only=True)
+class Leaf:
+    """A text that grows. end: position of its stem's last token in the prompt."""
 
     end: int
-    sample_id: str
-    number: int
     mentions: Mentions
     tokens: list[int] = field(default_factory=list)
-    done: bool = False
-
-    def take(self, token: int, eos: int) -> None:
-        self.done = token == eos
-        if not self.done:
-            self.tokens.append(token)
 
     def region_slots(self, pad: int, linking: Linking) -> list[int]:
         """Region of every token so far, or -1: the last token of a name (add), or the pad token after it (insert)."""
@@ -176,7 +213,37 @@ class _Leaf:
         return slots
 
 
-def _prompt(batch: Batch) -> tuple[Batch, list[int]]:
+@dataclass(kw_only=True)
+class _Text(Leaf):
+    """One text of a sample, by its number."""
+
+    sample_id: str
+    number: int
+    done: bool = False
+
+    def take(self, token: int, eos: int) -> None:
+        self.done = token == eos
+        if not self.done:
+            self.tokens.append(token)
+
+
+class _Drawn:
+    """Texts that take one token at a time, the most likely one or one of the nucleus."""
+
+    def __init__(self, texts: Sequence[_Text], top_p: float, seed: int, eos: int) -> None:
+        self.texts, self.top_p, self.seed, self.eos = texts, top_p, seed, eos
+
+    def growing(self) -> list[_Text]:
+        return [text for text in self.texts if not text.done]
+
+    def take(self, logits_LV: torch.Tensor) -> None:
+        for text, scores in zip(self.growing(), logits_LV.double().cpu()):
+            name = f"token {len(text.tokens)}"
+            uniform = draw(self.seed, text.number, text.sample_id, name) / 2**64 if self.top_p > 0 else 0.0
+            text.take(choose(scores, self.top_p, uniform), self.eos)
+
+
+def prompt_of(batch: Batch) -> tuple[Batch, list[int]]:
     """The batch without its leaves, and the position of every sample's last token in it."""
     parents, bounds = batch.parents.tolist(), batch.bounds.tolist()
     first_leaf = torch.searchsorted(batch.leaf_sample, torch.arange(len(batch.sample_ids)))
@@ -203,6 +270,7 @@ def _prompt(batch: Batch) -> tuple[Batch, list[int]]:
         task_ids=batch.task_ids[index],
         image_slots=batch.image_slots[index],
         region_slots=batch.region_slots[index],
+        soft_slots=batch.soft_slots[index],
         target_from=batch.target_from[:0],
         target_ids=batch.target_ids[:0],
         target_leaf=batch.target_leaf[:0],
@@ -210,7 +278,7 @@ def _prompt(batch: Batch) -> tuple[Batch, list[int]]:
     return prompt, torch.searchsorted(index, torch.tensor(old_ends, dtype=torch.int64)).tolist()
 
 
-def _with_leaves(prompt: Batch, leaves: Sequence[_Leaf], pad: int, linking: Linking) -> Batch:
+def _with_leaves(prompt: Batch, leaves: Sequence[Leaf], pad: int, linking: Linking) -> Batch:
     """The prompt with the tokens so far of every leaf as a child segment of its stem."""
     length = len(leaves[0].tokens)
     if not length:
@@ -233,10 +301,11 @@ def _with_leaves(prompt: Batch, leaves: Sequence[_Leaf], pad: int, linking: Link
         task_ids=torch.cat([prompt.task_ids, prompt.task_ids[ends].repeat_interleave(length)]),
         image_slots=torch.cat([prompt.image_slots, torch.full_like(tokens, -1)]),
         region_slots=torch.cat([prompt.region_slots, regions]),
+        soft_slots=torch.cat([prompt.soft_slots, torch.zeros_like(tokens, dtype=torch.bool)]),
     )
 
 
-def _read_positions(prompt: Batch, leaves: Sequence[_Leaf]) -> list[int]:
+def _read_positions(prompt: Batch, leaves: Sequence[Leaf]) -> list[int]:
     """Position whose logits give the next token of each leaf: the end of its stem, later its own last token."""
     length = len(leaves[0].tokens)
     if not length:

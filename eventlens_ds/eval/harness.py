@@ -2,9 +2,9 @@
 
 In: a run folder or checkpoint, a folder of `eventlens data build`, a split. Out: OUT/predictions/<condition>.jsonl,
 OUT/metrics (eval/report.py), OUT/skipped.jsonl with every sample that was not scored and why. The stages:
-  1. request      what was asked is checked before anything is loaded
+  1. request      what was asked is checked before anything is loaded (eval/request.py)
   2. model        architecture and weights of the run, without an optimizer
-  3. conditions   vcr under each control, then events; ranks share the rows
+  3. conditions   vcr under each control, then events, then every task under each control; ranks share the rows
   4. report       rank 0 writes rows and metrics
 Decision: every rank holds a replica of the model, because without optimizer and gradients it needs an eighth of what
 training needed and no collective in the forward; `zero3` partitions a model that does not fit. Both run equally many
@@ -16,41 +16,21 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from eventlens_ds.config import load as config_load
-from eventlens_ds.config.run_config import RunConfig
 from eventlens_ds.errors import DataError, UserError
+from eventlens_ds.eval.request import Request, check
 from eventlens_ds.runtime import commit
 
 log = logging.getLogger(__name__)
 
 WRITTEN = "evaluation.json"
 """Lists the files of an evaluation, so that the next one into the same folder replaces them and nothing else."""
-
-FORMS = ("latest", "best")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for; `run_dir` is the run folder of a run or of a checkpoint, `config` its configuration."""
-
-    run: Path
-    run_dir: Path
-    config: RunConfig
-    data: Path
-    split: str
-    limit: int
-    controls: tuple[str, ...]
-    generate: int
-    checkpoint: str
-    zero3: bool
-    leaderboard: Path | None
 
 
 @dataclass
@@ -64,106 +44,57 @@ class Condition:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def main(
-    run: Path,
-    data: Path,
-    *,
-    out: Path | None = None,
-    split: str = "val",
-    limit: int = 0,
-    controls: Sequence[str] = ("none",),
-    generate: int = 0,
-    checkpoint: str = "latest",
-    zero3: bool = False,
-    leaderboard: Path | None = None,
-    java: bool | None = None,
-) -> int:
+def main(run: Path, data: Path, *, out: Path | None = None, java: bool | None = None, **asked: Any) -> int:
     """Evaluate and write; logs the table on rank 0 and returns the exit code. A collective.
 
-    limit: images (0: all). controls: see data/controls.py. generate: events to complete and to
-    rank candidates for (0: none). checkpoint: latest (newest that verifies), best, or a path. zero3: partition the
-    model. leaderboard: file for the predictions on a blind split. java: see events.score_generations.
-    Raises UserError or DataError with one line.
+    asked: as `request.check` takes it. java: see events.score_generations. Raises UserError or DataError with one line.
     """
-    request = check(
-        run, data, split, limit=limit, controls=controls, generate=generate, checkpoint=checkpoint, zero3=zero3,
-        leaderboard=leaderboard,
-    )  # fmt: skip
-    from eventlens_ds.runtime import distributed
+    request = check(run, data, **asked)
+    from eventlens_ds.runtime.failures import process_group
+
+    prepared, problem = None, None
+    try:
+        prepared = _prepare(request)
+    except (UserError, OSError) as error:
+        problem = error
+    train = request.config.train
+    with process_group(train.threads, train.timeout_minutes, problem) as world:
+        assert prepared is not None
+        _evaluate(request, prepared, world, out, java)
+    return 0
+
+
+class _Prepared(NamedTuple):
+    """What every rank knows before it meets the others."""
+
+    architecture: Any
+    tokenizer: Any
+    sets: dict[str, Any]
+
+
+def _prepare(request: Request) -> _Prepared:
     from eventlens_ds.runtime.build_model import describe
 
     architecture, tokenizer, spec = describe(request.config)
     _refuse_other_tokenizer(request, tokenizer)
-    sets = _data_sets(request, tokenizer, spec)
-    world = distributed.start(request.config.train.threads, request.config.train.timeout_minutes)
-    try:
-        distributed.agree("the evaluation", [repr(request), [s.fingerprint for d in sets.values() for s in d.shards]])
-        path = _checkpoint(request)
-        forward = _forward(request, architecture, path, world)
-        conditions = _conditions(request, sets, forward, world)
-        if world.rank == 0:
-            shards = next(iter(sets.values())).shards[0]
-            target = out or request.run_dir / "eval" / f"{shards.fingerprint[:8]}-{split}"
-            facts = _facts(request, path, shards.fingerprint, world, tokenizer)
-            _write(target, request, conditions, facts, java)
-        return 0
-    finally:
-        distributed.stop()
+    _warn_without_adapter(architecture, request.tasks)
+    return _Prepared(architecture, tokenizer, _data_sets(request, tokenizer, spec))
 
 
-def check(
-    run: Path,
-    data: Path,
-    split: str = "val",
-    *,
-    limit: int = 0,
-    controls: Sequence[str] = ("none",),
-    generate: int = 0,
-    checkpoint: str = "latest",
-    zero3: bool = False,
-    leaderboard: Path | None = None,
-) -> Request:
-    """The request, or UserError / DataError naming what cannot be: a run without configuration or checkpoint, an
-    unknown control, a folder or split that does not exist. Loads no model."""
-    single = (run / commit.MANIFEST).exists() or run.parent.name == commit.FOLDER
-    run_dir = run.parent.parent if single else run
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run}: no run folder and no checkpoint of one: {run_dir / 'config.yaml'} does not exist")
-    if single and checkpoint not in ("latest", str(run)):
-        raise UserError(f"--checkpoint {checkpoint}: {run} is a checkpoint already")
-    if checkpoint in FORMS and not single and not commit.committed(run_dir):
-        raise DataError(f"{run}: holds no checkpoint")
-    if checkpoint not in FORMS and not (Path(checkpoint) / commit.MANIFEST).is_file():
-        raise UserError(f"--checkpoint {checkpoint}: neither {', '.join(FORMS)} nor the folder of a checkpoint")
-    if not controls and not generate:
-        raise UserError("nothing to evaluate: name --controls or --events")
-    for value, name in ((limit, "--limit"), (generate, "--events")):
-        if value < 0:
-            raise UserError(f"{name} {value}: must not be negative")
-    from eventlens_ds.data.controls import CONTROLS
+def _evaluate(request: Request, prepared: _Prepared, world: Any, out: Path | None, java: bool | None) -> None:
+    from eventlens_ds.runtime import distributed
 
-    for control in controls:
-        if control not in CONTROLS:
-            raise UserError(f"--controls {control}: unknown; there are: {', '.join(CONTROLS)}")
-    if leaderboard is not None and "none" not in controls:
-        raise UserError("--leaderboard needs the control none, which is what the model predicts")
-    from eventlens_ds.data.shards import ShardSet
-
-    ShardSet.open(data, split)
-    config = config_load.load(str(run_dir / "config.yaml"))
-    return Request(
-        run=run,
-        run_dir=run_dir,
-        config=config,
-        data=data,
-        split=split,
-        limit=limit,
-        controls=tuple(dict.fromkeys(controls)),
-        generate=generate,
-        checkpoint=checkpoint,
-        zero3=zero3,
-        leaderboard=leaderboard,
-    )
+    architecture, tokenizer, sets = prepared
+    distributed.agree("the evaluation", [repr(request), [s.fingerprint for d in sets.values() for s in d.shards]])
+    path = _checkpoint(request)
+    forward = _forward(request, architecture, path, world)
+    conditions = _conditions(request, sets, forward, world)
+    if world.rank == 0:
+        _add_floors(request, conditions, sets)
+        shards = next(iter(sets.values())).shards[0]
+        target = out or request.run_dir / "eval" / f"{shards.fingerprint[:8]}-{request.split}"
+        facts = _facts(request, path, shards.fingerprint, world, tokenizer)
+        _write(target, request, conditions, facts, java)
 
 
 def _refuse_other_tokenizer(request: Request, tokenizer: Any) -> None:
@@ -183,9 +114,17 @@ def _refuse_other_tokenizer(request: Request, tokenizer: Any) -> None:
         log.warning("trained with prompt version %s, evaluated with %s", capsule["prompts"], PROMPT_VERSION)
 
 
+def _warn_without_adapter(architecture: Any, tasks: tuple[str, ...]) -> None:
+    adapters = architecture.adapters
+    if not adapters["bottleneck"] or adapters["router"] != "task":
+        return
+    if strange := [task for task in tasks if task not in architecture.tasks]:
+        log.warning("the run has no adapter for %s: answered by the language model alone", ", ".join(strange))
+
+
 def _data_sets(request: Request, tokenizer: Any, spec: Any) -> dict[str, Any]:
-    """RunData by "choice" and "event", as far as they are asked for. A split without questions is fine when only its
-    events are wanted; DataError when it holds nothing that was asked for."""
+    """RunData by "choice", "event" and task, as far as they are asked for. A split without questions is fine when
+    something else is wanted too; DataError when it lacks what was asked for."""
     from eventlens_ds.data.records import CHOICE_TASKS, TASKS
     from eventlens_ds.eval.score import eval_data
 
@@ -195,11 +134,13 @@ def _data_sets(request: Request, tokenizer: Any, spec: Any) -> dict[str, Any]:
     for name, tasks, wanted in (
         ("choice", CHOICE_TASKS, bool(request.controls)),
         ("event", frozenset({"event"}), request.generate > 0),
+        *((task, frozenset({task}), True) for task in request.tasks),
     ):
         if not wanted:
             continue
-        if name == "choice" and not tasks & present and request.generate:
-            log.info("%s/%s: holds no question, only its events are evaluated", request.data, request.split)
+        if name == "choice" and not tasks & present and (request.generate or request.tasks):
+            rest = ", ".join([*(["events"] if request.generate else []), *request.tasks])
+            log.info("%s/%s: holds no VCR question, only %s is evaluated", request.data, request.split, rest)
             continue
         sets[name] = eval_data(
             request.config, tokenizer, spec, str(request.data), request.split, tasks=tasks, limit=request.limit
@@ -268,13 +209,47 @@ def _conditions(request: Request, sets: dict[str, Any], forward: Any, world: Any
     made: list[Condition] = []
     for control in request.controls if "choice" in sets else ():
         started = time.monotonic()
-        scored = score_split(forward, sets["choice"], ranks, control)  # type: ignore[arg-type]
+        scored = score_split(forward, sets["choice"], ranks, control)
         name = "vcr" if control == "none" else f"vcr-{control}"
         made.append(Condition(name, *scored, time.monotonic() - started, {"control": control}))
         log.info("%s: %d rows in %.1f s", name, len(scored.rows), made[-1].seconds)
     if "event" in sets:
         made.append(_events(request, sets["event"], forward, ranks))
+    for task in request.tasks:
+        made += _language(request, task, sets[task], forward, ranks)
     return made
+
+
+def _language(request: Request, task: str, data: Any, forward: Any, ranks: Any) -> list[Condition]:
+    """One condition per control."""
+    from eventlens_ds.eval import language_rows
+
+    found, without = language_rows.questions(data, task)
+    decoding = request.decoding.of(task)
+    made = []
+    for control in request.language_controls:
+        started = time.monotonic()
+        rows, skipped = language_rows.answer_rows(forward, data, found, ranks, decoding, control)
+        name = task if control == "none" else f"{task}-{control}"
+        notes: dict[str, Any] = {"control": control, "decoding": decoding._asdict()}
+        if control == "permute_regions":
+            notes["not_permuted"] = sum(not row["permuted"] for row in rows)
+        made.append(Condition(name, rows, [*without, *skipped], time.monotonic() - started, notes))
+        log.info("%s: %d answers in %.1f s", name, len(rows), made[-1].seconds)
+    return made
+
+
+def _add_floors(request: Request, conditions: list[Condition], sets: dict[str, Any]) -> None:
+    """The most frequent training text to the rows of caption and reg, so that the rows suffice for their floor."""
+    from eventlens_ds.eval import language_rows
+
+    config = request.config.data
+    for task in (task for task in request.tasks if task in language_rows.DESCRIBED):
+        floor, reason = language_rows.training_floor(config.train, config.split, task, sets[task].spec.style)
+        for condition in (c for c in conditions if c.name.split("-")[0] == task):
+            condition.notes["floor"] = reason
+            for row in condition.rows if floor is not None else ():
+                row["floor"] = floor
 
 
 def _events(request: Request, data: Any, forward: Any, ranks: Any) -> Condition:
@@ -304,9 +279,6 @@ def _facts(request: Request, path: Path, fingerprint: str, world: Any, tokenizer
     """What the numbers depend on (P13)."""
     from eventlens_ds.runtime import capsule
 
-    command = ["eventlens", "eval", str(request.run), "--data", str(request.data), "--split", request.split]
-    command += ["--ranks", str(world.size), "--controls", ",".join(request.controls), "--events", str(request.generate)]
-    command += ["--limit", str(request.limit), "--checkpoint", request.checkpoint]
     return {
         "run": str(request.run_dir),
         "checkpoint": path.name,
@@ -321,7 +293,7 @@ def _facts(request: Request, path: Path, fingerprint: str, world: Any, tokenizer
         "ranks": world.size,
         "zero3": request.zero3,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(command + (["--zero3"] if request.zero3 else [])),
+        "command": " ".join([*request.command(), "--ranks", str(world.size)]),
         "versions": capsule.versions(),
         "code": capsule.code(),
         "hardware": capsule.hardware(),

@@ -1,9 +1,9 @@
 """Metrics files and a plain-text table, made from prediction files and nothing else.
 
-In: DIR/predictions/*.jsonl, the rows described in eval/vcr.py and eval/events.py; one file is one evaluated condition
-(both VCR tasks of a model together, its blind twin in another file). Out: DIR/metrics/<file>.json and
-DIR/metrics/table.txt. Decision: what a run reports and what a reader recomputes later go through the same function,
-so `differences` can hold a stored number against its rows.
+In: DIR/predictions/*.jsonl, the rows described in eval/vcr.py, eval/events.py and eval/language_rows.py; one file is
+one evaluated condition (both VCR tasks of a model together, its blind twin in another file). Out:
+DIR/metrics/<file>.json and DIR/metrics/table.txt. Decision: what a run reports and what a reader recomputes later go
+through the same function, so `differences` can hold a stored number against its rows.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from eventlens_ds.errors import DataError
-from eventlens_ds.eval import events, vcr
+from eventlens_ds.eval import events, language_lines, vcr
+from eventlens_ds.eval.language_lines import Line
 
 Metrics = dict[str, dict[str, Any]]
-"""File stem -> kind (vcr, event_generation, event_ranking) -> the numbers of that kind."""
+"""File stem -> kind (vcr, event_generation, event_ranking, or a task answered in words) -> the numbers of that kind."""
 
 TABLE = "table.txt"
 CONDITIONS = "conditions"
@@ -45,14 +47,17 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    """vcr, event_generation or event_ranking, by the keys of a row. Raises DataError on any other row."""
+    """vcr, event_generation, event_ranking or the task of an answer, by the keys of a row. Raises DataError on any
+    other row."""
     if row.get("task") in (vcr.ANSWER, vcr.RATIONALE):
         return "vcr"
     if "generations" in row:
         return "event_generation"
     if "candidates_gold" in row:
         return "event_ranking"
-    raise DataError(f"row {row.get('id', 'without id')}: neither a VCR, an event generation nor an event ranking row")
+    if row.get("task") in language_lines.TASKS:
+        return str(row["task"])
+    raise DataError(f"row {row.get('id', 'without id')}: neither a VCR, an event nor an answer row")
 
 
 def recompute(folder: str | os.PathLike[str], *, java: bool | None = None) -> Metrics:
@@ -106,7 +111,8 @@ def table(metrics: Metrics) -> str:
         if not kinds:
             lines.append(f"{stem:<28} no rows")
         for kind, values in kinds.items():
-            for name, value, interval, n in _TABLES[kind](values):
+            lines_of = _TABLES[kind] if kind in _TABLES else partial(language_lines.lines, kind)
+            for name, value, interval, n in lines_of(values):
                 shown = "-" if value is None else f"{value:.4f}"
                 ends = "-" if not interval or interval[0] is None else f"{interval[0]:.4f} - {interval[1]:.4f}"
                 lines.append(f"{stem:<28} {name:<22} {shown:>8}  {ends:<17} {n:>7}")
@@ -129,18 +135,18 @@ def _score_file(file: Path, java: bool | None) -> dict[str, Any]:
             result["event_generation"] = events.score_generations(rows["event_generation"], java=java)
         if "event_ranking" in rows:
             result["event_ranking"] = events.score_ranking(rows["event_ranking"])
+        result |= {t: language_lines.score(t, rows[t], java) for t in language_lines.TASKS if t in rows}
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
     return result
 
 
-_Line = tuple[str, float | None, list[float | None] | None, int]
-
-
-def _vcr_lines(values: Mapping[str, Any]) -> list[_Line]:
-    lines: list[_Line] = []
-    for part in ("all", "which_person", "held_out", "seen"):
-        block = values if part == "all" else values[part]
+def _vcr_lines(values: Mapping[str, Any]) -> list[Line]:
+    lines: list[Line] = []
+    for part in ("all", "which_person", "held_out", "seen", "permuted", "permuted_which_person"):
+        block = values if part == "all" else values.get(part)
+        if block is None:
+            continue
         for metric in vcr.METRICS:
             interval = block["intervals"][metric]
             name = metric if part == "all" else f"{metric} {part}"
@@ -149,12 +155,12 @@ def _vcr_lines(values: Mapping[str, Any]) -> list[_Line]:
     return lines
 
 
-def _generation_lines(values: Mapping[str, Any]) -> list[_Line]:
+def _generation_lines(values: Mapping[str, Any]) -> list[Line]:
     names = ("bleu2", "meteor", "cider", "rouge_l", "unique", "novel")
     return [(n, values[n], values["intervals"].get(n), values["n"]) for n in names]
 
 
-def _ranking_lines(values: Mapping[str, Any]) -> list[_Line]:
+def _ranking_lines(values: Mapping[str, Any]) -> list[Line]:
     return [
         ("acc50", values["acc50"], values["interval"], values["n"]),
         ("acc50 chance", values["chance"], None, values["n"]),
@@ -171,9 +177,16 @@ def _notes(kind: str, values: Mapping[str, Any]) -> list[str]:
             for part, named in values["incomplete"].items()
             if named["count"]
         ]
+        still = values.get("not_permuted", {"count": 0})
+        if still["count"]:
+            notes.append(
+                f"{still['count']} questions on images without two regions to permute, e.g. {still['first'][0]}"
+            )
         return notes + ([f"{values['blind']} rows without a label: no accuracy"] if values["blind"] else [])
     if kind == "event_generation":
         return [f"tokenizer: {values['tokenizer']}", *(f"{k}: {why}" for k, why in values["reasons"].items())]
+    if kind in language_lines.TASKS:
+        return language_lines.notes(kind, values)
     return [f"{values['short']} rows with fewer than {events.CANDIDATES} candidates"] if values["short"] else []
 
 

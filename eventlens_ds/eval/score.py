@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from eventlens_ds.config.run_config import RunConfig
-from eventlens_ds.data.controls import Control, apply_control
+from eventlens_ds.data.controls import Control, apply_control, permutable
 from eventlens_ds.data.encode import EncodeSpec
 from eventlens_ds.data.loader import RunData, rank_batches
 from eventlens_ds.data.packing import Row, sequential_rows, take_turns, vision_calls
@@ -140,7 +140,12 @@ def score_split(forward: Forward, data: RunData, ranks: Ranks, control: Control 
             moved = batch.to(ranks.device)
             scores = leaf_scores(forward(moved, turn.vision_calls), moved).float().cpu()
             groups = [data.group(*member) for member in turn.members]
-            found += prediction_rows(batch, scores, groups, turn.place, data.spec.style)
+            made = prediction_rows(batch, scores, groups, turn.place, data.spec.style)
+            if control == "permute_regions":
+                changed = permutable(turn.batch)
+                for row, sample in zip(made, batch.choice_sample.tolist(), strict=True):
+                    row["flags"]["permuted"] = changed[batch.sample_image[sample]]
+            found += made
             skipped += [[turn.place, *entry] for entry in batch.skipped]
     reasons = {name: reason for _, name, reason in in_order(skipped)}
     refused = [

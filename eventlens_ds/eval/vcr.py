@@ -2,7 +2,8 @@
 
 In: rows {"id", "task": "vcr_answer" | "vcr_rationale", "annot_id", "image", "key", "label": int or null, "scores":
 [length-normalised log-likelihood per candidate], "tokens", "flags": {"which_person", "held_out"}, "candidates",
-"question"}; a rationale row may add "given_answer", the answer its question was conditioned on. Out: plain dicts.
+"question"}; a rationale row may add "given_answer", the answer its question was conditioned on; the control
+permute_regions adds the flag "permuted", whether regions of the image could trade places. Out: plain dicts.
 Decision: numbers come from rows alone, so every reported number can be recomputed by someone without the model.
 The protocol (Zellers et al. 2019): QA->R is conditioned on the correct answer, Q->AR is both right; ties go to the
 lowest index.
@@ -46,6 +47,9 @@ class Question:
     rationales: dict[int | None, Row] = field(default_factory=dict)
     flags: set[str] = field(default_factory=set)
 
+    def rows(self) -> list[Row]:
+        return [row for row in (self.answer, *self.rationales.values()) if row is not None]
+
     def rationale(self) -> Row | None:
         """The row conditioned on the correct answer: the unnamed one, else the one naming the answer's label."""
         if None in self.rationales:
@@ -66,15 +70,19 @@ def score(rows: Iterable[Row], *, seed: int = 0, resamples: int = 1000) -> dict[
     Each block holds q2a, qa2r, q2ar (None without a labelled row), "counts" per metric, "n" (questions with any
     labelled row) and "intervals" ("wilson" over questions, "bootstrap" over images). The top level adds "blind"
     (rows without a label, which get no accuracy), "other_answers" (rationale rows conditioned on a wrong answer, not
-    part of QA->R) and "incomplete" (questions that lack a part, counted and named, so not in q2ar).
+    part of QA->R) and "incomplete" (questions that lack a part, counted and named, so not in q2ar). Rows of the control
+    permute_regions add the subsets "permuted" and "permuted_which_person" (questions on images whose regions could
+    trade places) and "not_permuted" (the others, counted and named).
     A question belongs to a subset when any of its rows carries the flag. Raises DataError naming a bad row.
     """
     questions = by_question(rows)
     result = _block(questions, seed, resamples)
     for name in ("which_person", "held_out"):
         result[name] = _block([q for q in questions if name in q.flags], seed, resamples)
+    if any("permuted" in row.get("flags", {}) for q in questions for row in q.rows()):
+        result |= _permuted(questions, seed, resamples)
     result["seen"] = _block([q for q in questions if "held_out" not in q.flags], seed, resamples)
-    every = [r for q in questions for r in (q.answer, *q.rationales.values()) if r is not None]
+    every = [row for q in questions for row in q.rows()]
     result["blind"] = sum(r["label"] is None for r in every)
     result["other_answers"] = sum(
         r is not q.rationale() for q in questions if q.rationale() is not None for r in q.rationales.values()
@@ -84,6 +92,15 @@ def score(rows: Iterable[Row], *, seed: int = 0, resamples: int = 1000) -> dict[
         "rationale": _named(q.annot_id for q in questions if not q.rationales),
     }
     return result
+
+
+def _permuted(questions: Sequence[Question], seed: int, resamples: int) -> dict[str, Any]:
+    moved = [q for q in questions if "permuted" in q.flags]
+    return {
+        "permuted": _block(moved, seed, resamples),
+        "permuted_which_person": _block([q for q in moved if "which_person" in q.flags], seed, resamples),
+        "not_permuted": _named(q.annot_id for q in questions if "permuted" not in q.flags),
+    }
 
 
 def compare(first: Sequence[Iterable[Row]], second: Sequence[Iterable[Row]], metric: str) -> Difference:

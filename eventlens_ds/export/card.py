@@ -17,6 +17,7 @@ import yaml
 
 from eventlens_ds.config.run_config import RunConfig
 from eventlens_ds.eval import report
+from eventlens_ds.model.peft_folder import PARTS
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +38,65 @@ or `eventlens predict {name} photo.jpg --boxes person:10,20,50,80 --question "Wh
 """
 
 
+_USE_PEFT = """LoRA alone, on the language model, without eventlens_ds (no images, regions or task adapters):
+
+```python
+from peft import PeftModel
+from transformers import {base_class}
+
+model = PeftModel.from_pretrained({base_class}.from_pretrained("{base}"), "{name}")
+```
+
+All of it: the published weights, LoRA, and what `{parts}/` holds (projector, region encoder, task adapters, and
+whatever else was trained):
+
+```python
+from transformers import AutoModel, AutoProcessor
+import eventlens_ds.model  # registers the classes
+
+model = AutoModel.from_pretrained("{name}/{parts}")
+processor = AutoProcessor.from_pretrained("{name}/{parts}")
+```
+
+The published weights are looked for at {places}; `AutoModel.from_pretrained(..., {field}=DIR)` names another place.
+Their sha256 must be that of export.json.
+"""
+
+
 def text(name: str, path: Path, config: RunConfig, facts: Mapping[str, Any]) -> str:
-    """The card. path: the checkpoint; facts: see `folder`."""
+    """The card. path: the checkpoint; facts: see `folder` and, of a PEFT folder, `peft_folder`."""
     header: dict[str, Any] = {
         "license": "other" if facts["published_weights"] else "apache-2.0",
-        "library_name": "transformers",
+        "library_name": "peft" if "peft" in facts else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": list(TAGS),
     }
+    if "peft" in facts:
+        header["base_model"] = Path(peft_base(facts)[1]).name
     if facts["published_weights"]:
         header["license_name"] = "license-of-the-base-models"
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}\n",
         _about(config, facts),
-        f"## Use\n\n{_USE.format(name=name)}",
+        f"## Use\n\n{_use_peft(name, facts) if 'peft' in facts else _USE.format(name=name)}",
         _training(path, config, facts),
         _results(path, facts),
     ]
     return "\n".join(parts)
+
+
+def peft_base(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """(field of config.ModelConfig, folder) of the model that LoRA of a PEFT folder belongs to."""
+    places = facts["peft"]["base"]
+    field = "language_path" if "language_path" in places else "init_from"
+    return field, places[field]
+
+
+def _use_peft(name: str, facts: Mapping[str, Any]) -> str:
+    field, base = peft_base(facts)
+    base_class = "AutoModelForCausalLM" if field == "language_path" else "AutoModelForImageTextToText"
+    places = ", ".join(f"`{place}` ({key})" for key, place in facts["peft"]["base"].items())
+    return _USE_PEFT.format(name=name, base=base, base_class=base_class, field=field, places=places, parts=PARTS)
 
 
 def _about(config: RunConfig, facts: Mapping[str, Any]) -> str:
@@ -63,7 +105,14 @@ def _about(config: RunConfig, facts: Mapping[str, Any]) -> str:
         "features linked to the words that name them, and a language model with one adapter per task.",
         "",
     ]
-    if facts["published_weights"]:
+    if "peft" in facts:
+        held = facts["peft"]["parameters"]
+        lines.append(
+            f"Of these this folder holds LoRA of rank {config.model.lora.rank} as PEFT writes it "
+            f"({held['lora']:,} parameters) and {held['other']:,} parameters of other parts. The published weights are "
+            "not in it; their licenses apply to the whole."
+        )
+    elif facts["published_weights"]:
         folders = (config.model.vision_path, config.model.language_path, config.model.init_from)
         names = ", ".join(Path(folder).name for folder in folders if folder)
         lines.append(f"It contains published weights ({names}); their licenses apply to this folder.")

@@ -3,6 +3,7 @@
 In: a run folder or one checkpoint of it. Out: config.json, model.safetensors (in parts when large), tokenizer files,
 processor_config.json, README.md, and export.json, which says what it was made from. Published weights that stayed
 frozen are included, LoRA is merged. Loads by AutoModel and AutoProcessor after `import eventlens_ds.model`.
+export/peft_folder.py writes another kind of folder by the same steps.
 Decision: everything is written beside OUT, read back and compared tensor by tensor, and only then moved there, so
 OUT never holds half an export; what another program wrote into OUT is never touched.
 """
@@ -13,10 +14,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -36,9 +38,29 @@ RECORD = "export.json"
 FORMAT = 1
 
 
-def main(run: Path, out: Path, *, part_size: str = PART_SIZE) -> int:
-    """Export and return 0.
+class Source(NamedTuple):
+    """What an export is made from: a checkpoint, its run's configuration, the model with its weights, a processor."""
 
+    path: Path
+    config: RunConfig
+    model: Any
+    processor: Any
+
+
+def main(run: Path, out: Path, *, part_size: str = PART_SIZE) -> int:
+    """Export a whole model and return 0; raises what `export` raises."""
+    return export(run, out, partial(_write_whole, part_size=part_size))
+
+
+def export(
+    run: Path,
+    out: Path,
+    write: Callable[[Path, Source], dict[str, Any]],
+    refuse: Callable[[RunConfig, Path], None] = lambda config, path: None,
+) -> int:
+    """Fill OUT by `write(staging folder, source)`, which returns what the record says beside `_facts`. Returns 0.
+
+    refuse: raises for a configuration and checkpoint that `write` cannot serve, before the model is built.
     Raises UserError when OUT holds something else, DataError when the checkpoint is damaged or of another model.
     """
     from transformers.utils import logging as transformers_logging
@@ -52,21 +74,27 @@ def main(run: Path, out: Path, *, part_size: str = PART_SIZE) -> int:
     if path is None:
         raise DataError(f"{run}: holds no checkpoint")
     config = _config_of(path)
+    refuse(config, path)
     architecture, tokenizer, spec = describe(config)
     model = trained_model(config, architecture, path, {"zero_optimization": {"stage": 0}})
-    merged = merge_lora(model)
     with _staged(out) as staging:
-        model.save_pretrained(staging, max_shard_size=part_size)
+        written = write(staging, Source(path, config, model, RegionVLMProcessor.from_spec(tokenizer, spec)))
         _readable(staging)
-        RegionVLMProcessor.from_spec(tokenizer, spec).save_pretrained(staging)
-        compare(staging, model)
-        facts = _facts(path, config, model, merged)
+        facts = {**_facts(path, config, model), **written}
         (staging / "README.md").write_text(card.text(out.name, path, config, facts), encoding="utf-8")
-        facts["files"] = sorted(entry.name for entry in staging.iterdir()) + [RECORD]
+        facts["files"] = [*sorted(_files(staging)), RECORD]
         (staging / RECORD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         _publish(staging, out)
     log.info("%s of %s is in %s", path.name, path.parent.parent, out)
     return 0
+
+
+def _write_whole(staging: Path, source: Source, part_size: str) -> dict[str, Any]:
+    merged = merge_lora(source.model)
+    source.model.save_pretrained(staging, max_shard_size=part_size)
+    compare(staging, source.model)
+    source.processor.save_pretrained(staging)
+    return {"lora_merged": merged}
 
 
 def merge_lora(model: nn.Module) -> int:
@@ -85,9 +113,13 @@ def compare(folder: Path, model: nn.Module) -> None:
 
     Raises DataError naming the first tensor that is not, e.g. on a disk that lost bytes.
     """
-    wanted = model.state_dict()
+    compare_tensors(sorted(folder.glob("*.safetensors")), model.state_dict())
+
+
+def compare_tensors(files: Sequence[Path], wanted: Mapping[str, torch.Tensor]) -> None:
+    """`compare` of some tensors with the files that should hold them and nothing else."""
     seen: set[int] = set()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
         with safe_open(str(file), framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 if name not in wanted or not _same(tensors.get_tensor(name), wanted[name]):
@@ -96,7 +128,7 @@ def compare(folder: Path, model: nn.Module) -> None:
     # Tied weights are stored once and share their memory.
     lost = [name for name, tensor in wanted.items() if tensor.numel() and tensor.data_ptr() not in seen]
     if lost:
-        raise DataError(f"{folder}: no weight file holds {lost[0]} ({len(lost)} missing)")
+        raise DataError(f"{files[0].parent if files else '.'}: no weight file holds {lost[0]} ({len(lost)} missing)")
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -114,7 +146,7 @@ def _config_of(path: Path) -> RunConfig:
     return config_load.load(str(file))
 
 
-def _facts(path: Path, config: RunConfig, model: nn.Module, merged: int) -> dict[str, Any]:
+def _facts(path: Path, config: RunConfig, model: nn.Module) -> dict[str, Any]:
     """What the folder was made from; paths of this machine stay out, because the folder is made to be given away."""
     manifest = commit.read_manifest(path)
     return {
@@ -126,15 +158,14 @@ def _facts(path: Path, config: RunConfig, model: nn.Module, merged: int) -> dict
         "published_weights": sorted(manifest["base"].values()),
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "lora_merged": merged,
         "versions": capsule.versions(),
     }
 
 
 def _readable(folder: Path) -> None:
     """safetensors makes files that only their owner may read; give them the rights of the others."""
-    rights = (folder / "config.json").stat().st_mode & 0o777
-    for file in folder.glob("*.safetensors"):
+    rights = next(folder.rglob("config.json")).stat().st_mode & 0o777
+    for file in folder.rglob("*.safetensors"):
         file.chmod(rights)
 
 
@@ -142,22 +173,35 @@ def _refuse_foreign(out: Path) -> None:
     """UserError unless OUT is absent, empty, or holds exactly an earlier export."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder to export to")
-    present = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    present = _files(out) if out.exists() else set()
     foreign = sorted(present - _earlier(out))
     if foreign:
         raise UserError(f"{out}: holds {foreign[0]}, which no export wrote; name an empty folder")
 
 
+def _files(folder: Path) -> set[str]:
+    """Everything below a folder that is not a folder itself, by its path there."""
+    return {
+        entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_symlink() or not entry.is_dir()
+    }
+
+
 def _earlier(out: Path) -> set[str]:
-    """Names of the files of an earlier export in OUT."""
+    """The files of an earlier export in OUT, by their paths there."""
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
         names = record["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-    if not isinstance(names, list) or not all(isinstance(n, str) and n == Path(n).name for n in names):
+    if not isinstance(names, list) or not all(isinstance(n, str) and _inside(n) for n in names):
         return set()
     return {*names, RECORD}
+
+
+def _inside(name: str) -> bool:
+    """Whether a path leads to a file in the folder it is relative to, or in one of its sub-folders."""
+    parts = Path(name).parts
+    return bool(parts) and not Path(name).is_absolute() and ".." not in parts
 
 
 @contextmanager
@@ -177,7 +221,9 @@ def _publish(staging: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in _earlier(out):
         (out / name).unlink(missing_ok=True)
-    names = sorted(entry.name for entry in staging.iterdir() if entry.name != RECORD)
     # The record comes last: a folder with one is whole.
-    for name in [*names, RECORD]:
+    for name in [*sorted(_files(staging) - {RECORD}), RECORD]:
+        (out / name).parent.mkdir(exist_ok=True)
         os.replace(staging / name, out / name)
+    for folder in (entry for entry in out.iterdir() if entry.is_dir() and not any(entry.iterdir())):
+        folder.rmdir()

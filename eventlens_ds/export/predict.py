@@ -156,13 +156,14 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
 
     import eventlens_ds.model  # noqa: F401 - registers the classes
     from eventlens_ds.model.configuration import RegionVLMConfig
+    from eventlens_ds.model.peft_folder import RegionVLMPeftConfig
 
     transformers_logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: holds no config.json; make it with `eventlens export RUN {folder}`")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if not isinstance(config, RegionVLMConfig):
+        if not isinstance(config, RegionVLMConfig | RegionVLMPeftConfig):
             raise DataError(f"{folder}: a {config.model_type}, not a folder of `eventlens export`")
         model, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)

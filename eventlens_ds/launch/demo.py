@@ -18,6 +18,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,18 +26,19 @@ from pathlib import Path
 from typing import Any
 
 from eventlens_ds.errors import DataError, UserError
+from eventlens_ds.runtime.local_ranks import before_exec
 from eventlens_ds.train.door import settle_accelerator
 
 CHANCE = 0.25
 RESUMED_STEPS = 10
-"""Steps that the resumed copy of the VCR run repeats."""
+"""Steps that the resumed copy of the VCR run repeats, at most half of the run."""
 
 
-class Demo:
-    """Runs the stages and remembers what they took."""
+class Stages:
+    """Runs `eventlens` commands one after the other and remembers what they took."""
 
-    def __init__(self, out: Path, args: argparse.Namespace) -> None:
-        self.out, self.args = out, args
+    def __init__(self, out: Path, ranks: int) -> None:
+        self.out, self.ranks = out, ranks
         self.seconds: dict[str, float] = {}
         self.log = out / "commands.log"
 
@@ -46,27 +48,40 @@ class Demo:
         print(f"\n== {title}\n$ eventlens {shlex.join(command)}", flush=True)
         started = time.monotonic()
         tail: list[str] = []
-        with (
-            self.log.open("a") as log,
-            subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child,
-        ):
-            log.write(f"$ eventlens {shlex.join(command)}\n")
-            assert child.stdout is not None
-            for text in child.stdout:
-                log.write(text)
-                tail = [*tail[-14:], text.rstrip()]
-                if show and not text.startswith("["):
-                    print(f"   {text.rstrip()}", flush=True)
-        self.seconds[title] = time.monotonic() - started
+        try:
+            # A stage does not outlive us: it would write into the folder of whoever starts us again.
+            arm = before_exec(os.getpid(), signal.SIGTERM)
+            with (
+                self.log.open("a") as log,
+                subprocess.Popen(
+                    line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=arm
+                ) as child,
+            ):
+                log.write(f"$ eventlens {shlex.join(command)}\n")
+                assert child.stdout is not None
+                for text in child.stdout:
+                    log.write(text)
+                    tail = [*tail[-14:], text.rstrip()]
+                    if show and not text.startswith("["):
+                        print(f"   {text.rstrip()}", flush=True)
+        finally:
+            self.seconds[title] = time.monotonic() - started
         if child.returncode:
             print("\n".join(tail), file=sys.stderr)
-            raise DataError(f"demo: `eventlens {command[0]}` ended with exit code {child.returncode}; see {self.log}")
+            raise DataError(f"`eventlens {command[0]}` ended with exit code {child.returncode}; see {self.log}")
         print(f"   {self.seconds[title]:.0f} s", flush=True)
 
     def train(self, title: str, recipe: str, run: Path, *settings: str) -> None:
-        ranks = str(self.args.ranks)
-        data = f"--data.train={self.out / 'world'}"
-        self.run(title, "train", "--config", recipe, "--ranks", ranks, data, f"--io.run={run}", *settings, show=True)
+        where = [f"--data.train={self.out / 'world'}", f"--io.run={run}"]
+        self.run(title, "train", "--config", recipe, "--ranks", str(self.ranks), *where, *settings, show=True)
+
+    def evaluate(self, title: str, run: Path) -> None:
+        """Held-out questions, with both controls, into OUT/eval."""
+        data, out = str(self.out / "world"), str(self.out / "eval")
+        self.run(
+            title, "eval", str(run), "--data", data, "--split", "val", "--controls", "none,blank,permute_regions",
+            "--out", out, "--ranks", str(self.ranks), show=True,
+        )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +108,7 @@ def _demo(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     settle_accelerator()
     started = time.monotonic()
-    demo = Demo(out, args)
+    demo = Stages(out, args.ranks)
     world, event, vcr, again = out / "world", out / "event", out / "vcr", out / "vcr-resumed"
     workers = str(len(os.sched_getaffinity(0)))
     demo.run(
@@ -103,7 +118,8 @@ def _demo(args: argparse.Namespace) -> int:
     steps = [f"--train.steps={args.event_steps}"] if args.event_steps else []
     demo.train("Event pretraining", "tiny_event", event, *steps)
     total = args.vcr_steps or recipe_steps("tiny_vcr")
-    stop = max(1, total - RESUMED_STEPS)
+    # In the second half, so that only one more checkpoint follows and retention keeps this one.
+    stop = max(1, total - RESUMED_STEPS, (total + 1) // 2)
     vcr_settings = [
         f"--train.steps={total}",
         f"--train.save_every={stop}",
@@ -114,13 +130,11 @@ def _demo(args: argparse.Namespace) -> int:
     demo.train("VCR fine-tuning", "tiny_vcr", vcr, *vcr_settings)
     _copy_for_resume(vcr, again, stop)
     demo.train("Resume from the last checkpoint but one, in a copy", "tiny_vcr", again, *vcr_settings)
-    demo.run(
-        "Evaluate on held-out questions, with controls", "eval", str(vcr), "--data", str(world), "--split", "val",
-        "--controls", "none,blank,permute_regions", "--out", str(out / "eval"), "--ranks", str(args.ranks), show=True,
-    )  # fmt: skip
+    demo.evaluate("Evaluate on held-out questions, with controls", vcr)
     demo.run("Export", "export", str(vcr), str(out / "export"))
     _predict(demo, world)
-    summary = summarise(out, args.ranks, identical=_same_end(vcr, again), seconds=time.monotonic() - started)
+    summary = summarise(out, args.ranks, seconds=time.monotonic() - started)
+    summary["resume_bit_identical"] = _same_end(vcr, again)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(_table(summary, demo.seconds, out))
     return 0
@@ -163,8 +177,8 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def summarise(out: Path, ranks: int, *, identical: bool, seconds: float) -> dict[str, Any]:
-    """The summary, from the files of the runs."""
+def summarise(out: Path, ranks: int, *, seconds: float) -> dict[str, Any]:
+    """The summary, from the files of the runs OUT/event and OUT/vcr and of OUT/eval."""
     scores = {name: json.loads((out / "eval" / "metrics" / f"{name}.json").read_text())["vcr"] for name in _CONDITIONS}
     losses = [row["loss"] for row in read_log(out / "event")]
     plain = scores["vcr"]
@@ -178,7 +192,6 @@ def summarise(out: Path, ranks: int, *, identical: bool, seconds: float) -> dict
         "blind": {name: max(CHANCE, scores["vcr-blank"][name]) for name in ("q2a", "qa2r")},
         "roi_permuted": {"q2a_which_person": scores["vcr-permute_regions"]["which_person"]["q2a"]},
         "vcr_which_person": {"q2a": plain["which_person"]["q2a"]},
-        "resume_bit_identical": identical,
     }
 
 
@@ -189,7 +202,7 @@ def _latest(run: Path) -> str:
     return (run / "checkpoints" / "LATEST").read_text().strip()
 
 
-def _predict(demo: Demo, world: Path) -> None:
+def _predict(demo: Stages, world: Path) -> None:
     """Ask the exported model the first held-out question and draw the answer."""
     from eventlens_ds.data.shards import ShardSet
 
@@ -211,16 +224,23 @@ def _plain(tokens: list[Any]) -> str:
     return " ".join(words).replace(" ?", "?").replace(" .", ".")
 
 
-def _table(summary: dict[str, Any], seconds: dict[str, float], out: Path) -> str:
+def scores_table(summary: dict[str, Any]) -> list[str]:
+    """Lines of the three numbers and their controls."""
     vcr, blind = summary["vcr"], summary["blind"]
     model = f"model (n = {vcr['n']})"
-    lines = [
-        "",
+    return [
         f"{'embedded world, held-out questions':<44} {'Q->A':>7} {'QA->R':>7} {'Q->AR':>7}",
         f"{model:<44} {vcr['q2a']:>7.3f} {vcr['qa2r']:>7.3f} {vcr['q2ar']:>7.3f}",
         f"{'blind (larger of blanked model and chance)':<44} {blind['q2a']:>7.3f} {blind['qa2r']:>7.3f}",
         f"{'which-person questions':<44} {summary['vcr_which_person']['q2a']:>7.3f}",
         f"{'which-person, regions permuted':<44} {summary['roi_permuted']['q2a_which_person']:>7.3f}",
+    ]
+
+
+def _table(summary: dict[str, Any], seconds: dict[str, float], out: Path) -> str:
+    lines = [
+        "",
+        *scores_table(summary),
         f"event loss {summary['event_loss'][0]:.3f} -> {summary['event_loss'][1]:.3f};  "
         f"resume bit-identical: {summary['resume_bit_identical']};  {summary['seconds']:.0f} s "
         f"on {summary['ranks']} ranks, ZeRO stage {summary['zero_stage']}",

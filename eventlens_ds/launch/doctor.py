@@ -178,11 +178,20 @@ def _optional() -> Iterator[Finding]:
 
 
 def _ops() -> Iterator[Finding]:
-    """Backends of our own operators; the first one of each is used unless another is asked for."""
-    from eventlens_ds.ops.dispatch import BACKENDS
+    """Per operator and device: the backend that runs, and what keeps each other one from running."""
+    import torch
 
-    listed = "; ".join(f"{name}: {', '.join(backends)}" for name, backends in sorted(BACKENDS.items()))
-    yield Finding("ops", "ok", listed)
+    from eventlens_ds.ops import dispatch
+
+    for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        for op in sorted(dispatch.PREFERENCE):
+            chosen = dispatch.choose_backend(op, device)
+            others = [
+                f"{name} {f'cannot: {obstacle}' if obstacle else 'can be asked for'}"
+                for name, obstacle in dispatch.available(op, device).items()
+                if name != chosen
+            ]
+            yield Finding(f"ops {op} on {device}", "ok", f"{chosen} runs; {'; '.join(others)}")
 
 
 def _torchvision() -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eventlens_ds.config.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from eventlens_ds.config.run_config import AdapterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from eventlens_ds.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,13 @@ class Matrix:
     def config(self, rows: int, layout: str, zero: str = "zero0") -> RunConfig:
         return RunConfig(
             model=ModelConfig(attention="sdpa"),
-            data=DataConfig(train=(self.data,), row_tokens=self.row_tokens, workers=0, layout=layout),  # type: ignore[arg-type]
+            data=DataConfig(
+                train=(self.data,),
+                row_tokens=self.row_tokens,
+                workers=0,
+                layout=layout,  # type: ignore[arg-type]
+                tasks=AdapterConfig().tasks,
+            ),
             train=TrainConfig(rows_per_step=rows, lr=0.0, zero=zero, seed=self.seed, threads=1, timeout_minutes=2.0),
         )
 
@@ -77,7 +83,7 @@ def table(
     architecture: None takes the preset tiny. module: what every rank runs as `python -m module FOLDER`; it ends in
     `rank_job`. Raises DataError when a group of ranks fails.
     """
-    from eventlens_ds.runtime.distributed import spawn
+    from eventlens_ds.runtime.local_ranks import spawn
 
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), matrix, architecture)
@@ -141,6 +147,7 @@ def _data(config: RunConfig, architecture: RegionVLMConfig) -> RunData:
         tokenizer=_tokenizer(),
         tokenizer_path="",
         spec=encode_spec(architecture, PromptStyle()),
+        tasks=config.data.tasks,
     )
 
 
@@ -306,4 +313,6 @@ def _guarded_main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_guarded_main())
+    from eventlens_ds.runtime.failures import leave
+
+    leave(_guarded_main)

@@ -1,7 +1,9 @@
-"""Task-specific bottleneck adapters beside every FFN, and the decoder layer that calls them.
+"""Bottleneck adapters beside every FFN, the two ways of choosing among them, and the decoder layer that calls them.
 
-T tokens, D model width, r bottleneck, K tasks. One adapter per task, chosen per token by its task id (P7):
-  y = x + FFN(norm x) + s_t * (up_t relu(down_t u + b_t) + c_t),  u = norm x ("normed") or x ("residual", as LION)
+T tokens, D model width, r bottleneck, E adapters, t the task of a token (P7).
+  A_e(u) = s_e * (up_e relu(down_e u + b_e) + c_e),  u = norm x ("normed") or x ("residual", as LION)
+  task     y = x + FFN(norm x) + A_t(u)                         one adapter per task
+  mixture  y = x + FFN(norm x) + sum_e G_e^l(t) (.) A_e(u)      LION: e, l in {region level, image level}
 Decision: the routing of a forward is an immutable object passed as an argument through the layers. Activation
 checkpointing binds it to the forward that recomputes, so two forwards may be open at once. All adapters are
 parameters of one module and stacked at call time, so every rank gathers the same parameters (P5) and one adapter
@@ -11,6 +13,7 @@ can be frozen while another trains.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +22,23 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from eventlens_ds.ops.moa import AdapterStack, TaskOneHot, moa
+from eventlens_ds.data.records import REGION_TASKS, TASKS
+from eventlens_ds.ops.moa import AdapterStack, Gates, TaskOneHot, TaskVectors, moa
 
 FIELDS = ("down", "down_bias", "up", "up_bias", "scale")
 
+LEVELS = ("region_level", "image_level")
+"""Adapters of a mixture, in LION's order; its kinds of task have the same names."""
 
-class TaskAdapters(nn.Module):
-    """One bottleneck adapter per task; parameters are named <task>_down, <task>_up, ..."""
 
-    def __init__(self, tasks: list[str], width: int, bottleneck: int, dropout: float = 0.0) -> None:
+class Adapters(nn.Module):
+    """Bottleneck adapters with names; parameters are called <name>_down, <name>_up, ... `backend` of the op (None:
+    chosen per device) is set by RegionVLM.choose_kernels. Subclasses say which adapter a token takes."""
+
+    def __init__(self, names: Sequence[str], width: int, bottleneck: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.names = tuple(names)
+        self.backend: str | None = None
         self.dropout = nn.Dropout(dropout)
         shapes = {
             "down": (bottleneck, width),
@@ -39,25 +48,79 @@ class TaskAdapters(nn.Module):
             # One element and not a scalar: ZeRO-3 cannot partition a tensor without dimensions.
             "scale": (1,),
         }
-        for task in tasks:
+        for adapter in self.names:
             for name, shape in shapes.items():
-                self.register_parameter(f"{task}_{name}", nn.Parameter(torch.empty(shape)))
+                self.register_parameter(f"{adapter}_{name}", nn.Parameter(torch.empty(shape)))
 
     def reset_parameters(self) -> None:
         """LION's start: down Kaiming-uniform (a = sqrt 5), up and biases zero, scale one."""
-        for task in self.tasks:
-            init.kaiming_uniform_(getattr(self, f"{task}_down"), a=math.sqrt(5))
+        for adapter in self.names:
+            init.kaiming_uniform_(getattr(self, f"{adapter}_down"), a=math.sqrt(5))
             for name in ("down_bias", "up", "up_bias"):
-                init.zeros_(getattr(self, f"{task}_{name}"))
-            init.ones_(getattr(self, f"{task}_scale"))
+                init.zeros_(getattr(self, f"{adapter}_{name}"))
+            init.ones_(getattr(self, f"{adapter}_scale"))
+
+    def gates(self, task_ids_T: torch.Tensor) -> Gates:
+        """The gate of every token from its task id (index into records.TASKS)."""
+        raise NotImplementedError
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, task_ids_T: torch.Tensor) -> torch.Tensor:
-        """x, residual [1, T, D] -> residual + adapter of each token's task."""
+        """x, residual [..., T, D] -> residual + what the adapters of each token's task add."""
         down, down_bias, up, up_bias, scale = (
-            torch.stack([getattr(self, f"{task}_{name}") for task in self.tasks]) for name in FIELDS
+            torch.stack([getattr(self, f"{adapter}_{name}") for adapter in self.names]) for name in FIELDS
         )
         stack = AdapterStack(down, down_bias, up, up_bias, scale[:, 0])
-        return moa(self.dropout(x), residual, stack, TaskOneHot(task_ids_T), activation="relu")
+        gates = self.gates(task_ids_T)
+        return moa(self.dropout(x), residual, stack, gates, activation="relu", backend=self.backend)
+
+
+class TaskAdapters(Adapters):
+    """One adapter per task of `names`; a token of any other task passes by them all."""
+
+    def gates(self, task_ids_T: torch.Tensor) -> TaskOneHot:
+        return TaskOneHot(_lookup(task_ids_T, [self.names.index(t) if t in self.names else -1 for t in TASKS]))
+
+
+class AdapterMixture(Adapters):
+    """LION's mixture: an adapter for region-level and one for image-level tasks, and per level a gate vector for
+    each. gate_<level> [2, D] has the adapters in the order of LEVELS and starts one-hot [released code]."""
+
+    def __init__(self, width: int, bottleneck: int, dropout: float = 0.0) -> None:
+        super().__init__(LEVELS, width, bottleneck, dropout)
+        for level in LEVELS:
+            self.register_parameter(f"gate_{level}", nn.Parameter(torch.empty(len(LEVELS), width)))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for index, level in enumerate(LEVELS):
+            gate = getattr(self, f"gate_{level}")
+            init.zeros_(gate)
+            init.ones_(gate[index])
+
+    def gates(self, task_ids_T: torch.Tensor) -> TaskVectors:
+        levels = _lookup(task_ids_T, [LEVELS.index(level_of(task)) for task in TASKS])
+        return TaskVectors(torch.stack([getattr(self, f"gate_{level}") for level in LEVELS]), levels)
+
+
+def level_of(task: str) -> str:
+    """LION's kind of a task: region_level or image_level."""
+    return "region_level" if task in REGION_TASKS else "image_level"
+
+
+def new_adapters(config: dict[str, Any], tasks: Sequence[str], width: int) -> Adapters:
+    """The adapters of one layer. config: bottleneck, dropout and router (see config.AdapterConfig)."""
+    if config["router"] == "mixture":
+        return AdapterMixture(width, config["bottleneck"], config["dropout"])
+    return TaskAdapters(tasks, width, config["bottleneck"], config["dropout"])
+
+
+def _lookup(ids_T: torch.Tensor, table: Sequence[int]) -> torch.Tensor:
+    """table[ids]. The table is written by comparisons: copying it to a GPU would wait for the GPU."""
+    found = torch.full_like(ids_T, -1)
+    for index, value in enumerate(table):
+        if value >= 0:
+            found = torch.where(ids_T == index, value, found)
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Makes transformers' Auto classes know RegionVLM: AutoConfig, AutoModel and AutoProcessor load a
 saved folder by its model_type.
 
-In: nothing. Out: three registrations, made once on `import eventlens_ds.model`. Decision: registration is the only
-effect of the import, so a folder made by `eventlens export` needs no remote code to load.
+In: nothing. Out: registrations of whole models and of what `eventlens export --peft` writes, made once on
+`import eventlens_ds.model`. Decision: registration is the only effect of the import, so an exported folder needs no
+remote code to load.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from eventlens_ds.model import processing
 from eventlens_ds.model.configuration import RegionVLMConfig
+from eventlens_ds.model.peft_folder import RegionVLMFromPeft, RegionVLMPeftConfig
 from eventlens_ds.model.region_vlm import RegionVLM
 
 
@@ -18,4 +20,6 @@ def register() -> None:
     """Idempotent."""
     AutoConfig.register(RegionVLMConfig.model_type, RegionVLMConfig, exist_ok=True)
     AutoModel.register(RegionVLMConfig, RegionVLM, exist_ok=True)
+    AutoConfig.register(RegionVLMPeftConfig.model_type, RegionVLMPeftConfig, exist_ok=True)
+    AutoModel.register(RegionVLMPeftConfig, RegionVLMFromPeft, exist_ok=True)  # type: ignore[arg-type]  # a factory
     processing.register()

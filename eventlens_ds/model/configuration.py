@@ -11,7 +11,10 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from eventlens_ds.data.records import TASKS
+from eventlens_ds.config.run_config import AdapterConfig
+
+ADAPTED = AdapterConfig().tasks
+"""Tasks with an adapter in folders that name none."""
 
 
 class RegionVLMConfig(PreTrainedConfig):
@@ -19,8 +22,12 @@ class RegionVLMConfig(PreTrainedConfig):
 
     vision_level: hidden state of the tower that the projector reads (-1 last, -2 as in LLaVA).
     visual_pool: patches averaged per side into one visual token; must divide the grid.
-    linking: add | insert | none. roi: output_size, sampling_ratio, pool, levels (see config.RoIConfig).
-    adapters: bottleneck, source, dropout; tasks: names in the order of task ids.
+    visual_input: projector | aggregator | qformer | all; aggregator: layers (empty: there is none), heads,
+    intermediate; qformer: queries (0: there is none), width, heads, layers, intermediate, instruction_tokens,
+    vocabulary. soft_prompt: tags are listed behind a learned vector.
+    linking: add | insert | none. roi: source, output_size, sampling_ratio, pool, levels (see config.RoIConfig).
+    adapters: bottleneck, source, dropout, router (see config.AdapterConfig); tasks: those with an adapter of their
+    own, in the order of the adapters.
     """
 
     model_type = "eventlens_region_vlm"
@@ -32,6 +39,10 @@ class RegionVLMConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         vision_level: int = -2,
         visual_pool: int = 1,
+        visual_input: str = "projector",
+        aggregator: dict[str, Any] | None = None,
+        qformer: dict[str, Any] | None = None,
+        soft_prompt: bool = False,
         linking: str = "add",
         roi: dict[str, Any] | None = None,
         adapters: dict[str, Any] | None = None,
@@ -47,10 +58,17 @@ class RegionVLMConfig(PreTrainedConfig):
         self.text_config: Any = _sub_config(text_config)
         self.vision_level = vision_level
         self.visual_pool = visual_pool
+        self.visual_input = visual_input
+        self.aggregator = {"heads": 0, "intermediate": 3072, **(aggregator or {})}
+        self.aggregator["layers"] = list(self.aggregator.get("layers", ()))
+        self.qformer = {"queries": 0, "instruction_tokens": 0, **(qformer or {})}
+        self.soft_prompt = soft_prompt
         self.linking = linking
-        self.roi = {"output_size": 7, "sampling_ratio": 2, "pool": "mean", "levels": [-2], **(roi or {})}
-        self.adapters = {"bottleneck": 64, "source": "normed", "dropout": 0.0, **(adapters or {})}
-        self.tasks = list(tasks or TASKS)
+        self.roi = {
+            "source": "tower", "output_size": 7, "sampling_ratio": 2, "pool": "mean", "levels": [-2], **(roi or {})
+        }  # fmt: skip
+        self.adapters = {"bottleneck": 64, "source": "normed", "dropout": 0.0, "router": "task", **(adapters or {})}
+        self.tasks = list(self.adapters.pop("tasks", None) or tasks or ADAPTED)
         self.dropout = dropout
         self.initializer_range = initializer_range
         self.image_mean = list(image_mean or (0.48145466, 0.4578275, 0.40821073))
@@ -70,12 +88,31 @@ class RegionVLMConfig(PreTrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Class tokens before the patches: 1 for CLIP, 0 for SigLIP."""
-        return 1 if self.vision_config.model_type == "clip_vision_model" else 0
+        return 0 if self.vision_config.model_type == "siglip_vision_model" else 1
+
+    @property
+    def reads_aggregator(self) -> bool:
+        """The aggregator's grid is a part of the prompt."""
+        return self.visual_input in ("aggregator", "all")
+
+    @property
+    def uses_aggregator(self) -> bool:
+        """The aggregator runs: for the prompt, or for regions."""
+        return self.reads_aggregator or (self.linking != "none" and self.roi["source"] == "aggregator")
+
+    @property
+    def reads_qformer(self) -> bool:
+        """The Q-Former's queries are a part of the prompt."""
+        return self.visual_input in ("qformer", "all")
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of one image in the prompt."""
-        return (self.grid[0] // self.visual_pool) * (self.grid[1] // self.visual_pool)
+        """Visual tokens of one image in the prompt: queries, then the class token (of the aggregator) and patches."""
+        patches = (self.grid[0] // self.visual_pool) * (self.grid[1] // self.visual_pool)
+        if self.visual_input == "projector":
+            return patches
+        queries = self.qformer["queries"] if self.reads_qformer else 0
+        return queries + (self.num_prefix_tokens + patches if self.reads_aggregator else 0)
 
 
 def _sub_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:

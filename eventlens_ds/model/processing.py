@@ -38,8 +38,8 @@ class RegionVLMProcessor(ProcessorMixin):
     """Prepares one image for a RegionVLM.
 
     image_size in pixels per side; visual_tokens per image; linking add | insert | none; list_objects and event_context
-    as in config.DataConfig. They must be those of training, so a processor is made by `eventlens export` or
-    `from_spec`, rarely by hand.
+    as in config.DataConfig; tag_tokens of a soft prompt (-1: none) and instruction_tokens of a Q-Former (0: none). They
+    must be those of training, so a processor is made by `eventlens export` or `from_spec`, rarely by hand.
     """
 
     def __init__(
@@ -52,12 +52,15 @@ class RegionVLMProcessor(ProcessorMixin):
         linking: str = "add",
         list_objects: bool = True,
         event_context: str = "event",
+        tag_tokens: int = -1,
+        instruction_tokens: int = 0,
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
         self.image_size, self.visual_tokens = image_size, visual_tokens
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.linking, self.list_objects, self.event_context = linking, list_objects, event_context
+        self.tag_tokens, self.instruction_tokens = tag_tokens, instruction_tokens
         self._pieces: PieceTokenizer | None = None
 
     @classmethod
@@ -72,15 +75,16 @@ class RegionVLMProcessor(ProcessorMixin):
             linking=spec.linking,
             list_objects=spec.style.list_objects,
             event_context=spec.style.event_context,
+            tag_tokens=spec.style.tag_tokens,
+            instruction_tokens=spec.instruction_tokens,
         )
 
     @property
     def spec(self) -> EncodeSpec:
         mean, std = ((x[0], x[1], x[2]) for x in (self.image_mean, self.image_std))
-        style = PromptStyle(self.list_objects, cast(Any, self.event_context))
-        return EncodeSpec(
-            VisionSpec(self.image_size, self.visual_tokens, mean, std), cast(Linking, self.linking), style
-        )
+        style = PromptStyle(self.list_objects, cast(Any, self.event_context), self.tag_tokens)
+        vision = VisionSpec(self.image_size, self.visual_tokens, mean, std)
+        return EncodeSpec(vision, cast(Linking, self.linking), style, self.instruction_tokens)
 
     @property
     def pieces(self) -> PieceTokenizer:

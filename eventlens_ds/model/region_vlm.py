@@ -3,9 +3,9 @@
 Shapes: N images, P patches, R regions, T tokens of the row, K supervised tokens, V vision width, D model width.
 The forward of one row:
   1. vision      pixel_values [N, 3, H, W] -> hidden states of the tower, in an agreed number of calls
-  2. projector   one hidden state without class token -> visual [N, P, D]
-  3. regions     RoI-align of the chosen hidden states -> regions [R, D]
-  4. splice      visual tokens and region features into the embeddings [T, D]
+  2. visual      projector, Q-Former or aggregator, or both of the last -> visual [N, P', D]
+  3. regions     RoI-align of the chosen hidden states or of the aggregator -> regions [R, D]
+  4. splice      visual tokens, region features and the soft prompt into the embeddings [T, D]
   5. language    decoder layers over the segment tree, adapters by task id -> hidden [T, D]
   6. head        only at positions that predict a supervised token -> log-probability [K]
 Decision: the forward takes one packed row and returns log-probabilities, not a loss, because every objective is a
@@ -14,19 +14,38 @@ sum over leaves with a denominator that only the step knows (P8).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
 
 from eventlens_ds.data.records import Batch
-from eventlens_ds.model.adapters import Routing, TaskAdapters, adapt_layers
+from eventlens_ds.model.adapters import Adapters, Routing, adapt_layers, new_adapters
+from eventlens_ds.model.aggregator import AggregatorMLP, VisionAggregator
 from eventlens_ds.model.attention import attention_kwargs
 from eventlens_ds.model.configuration import RegionVLMConfig
+from eventlens_ds.model.post_norm import BertLinear, SelfInitialised, init_weights
 from eventlens_ds.model.projector import Projector, pool_patches
+from eventlens_ds.model.qformer import QFormer
 from eventlens_ds.model.regions import RegionEncoder
-from eventlens_ds.model.splice import link_regions, splice_images
+from eventlens_ds.model.splice import link_regions, splice_hint, splice_images
+
+
+class SoftPrompt(nn.Module, SelfInitialised):
+    """LION's learned vector before the tags of an image; it starts as an embedding of the language model does."""
+
+    def __init__(self, width: int, std: float) -> None:
+        super().__init__()
+        self.std = std
+        self.hint = nn.Parameter(torch.empty(width))
+
+    def initialise(self) -> None:
+        init.normal_(self.hint, std=self.std)
+
+    def forward(self, embeds_TD: torch.Tensor, soft_slots_T: torch.Tensor) -> torch.Tensor:
+        return splice_hint(embeds_TD, self.hint, soft_slots_T)
 
 
 class RegionVLM(PreTrainedModel):
@@ -46,7 +65,9 @@ class RegionVLM(PreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config, dtype=dtype)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
         adapt_layers(self.language_model, config.adapters["source"])
-        self.projector = Projector(vision_width, width, config.dropout)
+        if config.visual_input == "projector":
+            self.projector = Projector(vision_width, width, config.dropout)
+        self._add_branches(vision_width, width)
         if config.linking != "none":
             self.regions = RegionEncoder(
                 vision_width,
@@ -60,18 +81,54 @@ class RegionVLM(PreTrainedModel):
                 pool=config.roi["pool"],
                 dropout=config.dropout,
             )
-        bottleneck = config.adapters["bottleneck"]
         self.adapters = nn.ModuleList(
-            TaskAdapters(config.tasks, width, bottleneck, config.adapters["dropout"])
-            for _ in range(config.text_config.num_hidden_layers if bottleneck else 0)
+            new_adapters(config.adapters, config.tasks, width)
+            for _ in range(config.text_config.num_hidden_layers if config.adapters["bottleneck"] else 0)
         )
         self.post_init()
 
+    def _add_branches(self, vision_width: int, width: int) -> None:
+        """LION's two views of an image, as far as the configuration has them."""
+        config = cast(RegionVLMConfig, self.config)
+        if config.aggregator["layers"]:
+            self.aggregator = VisionAggregator(
+                vision_width,
+                config.aggregator["heads"],
+                config.aggregator["intermediate"],
+                config.aggregator["layers"],
+                dropout=config.dropout,
+            )
+            self.aggregator_mlp = AggregatorMLP(vision_width, width, config.dropout)
+        if config.qformer["queries"]:
+            shape = config.qformer
+            self.qformer = QFormer(
+                shape["width"],
+                shape["heads"],
+                shape["intermediate"],
+                shape["layers"],
+                vision_width=vision_width,
+                num_queries=shape["queries"],
+                vocabulary=shape["vocabulary"],
+                positions=max(512, shape["instruction_tokens"]),
+                dropout=config.dropout,
+            )
+            self.qformer_projection = BertLinear(shape["width"], width)
+        if config.soft_prompt:
+            self.soft_prompt = SoftPrompt(width, config.initializer_range)
+
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, TaskAdapters):
+        if isinstance(module, Adapters):
             module.reset_parameters()
-        else:
+        elif not init_weights(module):
             super()._init_weights(module)
+
+    def choose_kernels(self, backend: str) -> None:
+        """Run RoI-align and adapters with one backend of ops/dispatch.py; "" chooses per op and device.
+
+        Not part of the architecture: an exported model chooses again on the machine that loads it."""
+        for module in self.modules():
+            if isinstance(module, RegionEncoder | Adapters):
+                module.backend = backend or None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -98,7 +155,27 @@ class RegionVLM(PreTrainedModel):
         ]
         return tuple(torch.cat(level) for level in zip(*chunks))
 
-    def encode_regions(self, states: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
+    def visual_tokens(
+        self, states: tuple[torch.Tensor, ...], aggregated: torch.Tensor | None, batch: Batch
+    ) -> torch.Tensor:
+        """Visual tokens [N', P', D] of every image, see RegionVLMConfig.visual_tokens."""
+        config = cast(RegionVLMConfig, self.config)
+        prefix = config.num_prefix_tokens
+        if config.visual_input == "projector":
+            patches = states[config.vision_level][:, prefix:]
+            return self.projector(pool_patches(patches, config.grid, config.visual_pool))
+        parts = []
+        if config.reads_qformer:
+            ids, mask = _one_per_image(batch.instruction_ids, batch.instruction_mask, states[0].shape[0])
+            # transformers' towers norm only what they return themselves; hidden states come without it.
+            image = self.vision_tower.post_layernorm(states[-1])
+            parts.append(self.qformer_projection(self.qformer(image, ids, mask)))
+        if aggregated is not None and config.reads_aggregator:
+            patches = pool_patches(aggregated[:, prefix:], config.grid, config.visual_pool)
+            parts.append(self.aggregator_mlp(torch.cat([aggregated[:, :prefix], patches], 1)))
+        return torch.cat(parts, 1)
+
+    def encode_regions(self, levels: list[torch.Tensor], batch: Batch) -> torch.Tensor:
         """Region features [R', D], R' >= 1: without regions one box over the first image stands in."""
         boxes, offsets = batch.boxes, batch.box_offsets
         size = float(self.config.vision_config.image_size)
@@ -106,20 +183,25 @@ class RegionVLM(PreTrainedModel):
             boxes = boxes.new_tensor([[0.0, 0.0, size, size]])
             offsets = torch.ones_like(offsets) if offsets.numel() > 1 else offsets.new_tensor([0, 1])
             offsets[0] = 0
-        padded = states[0].shape[0] + 1 - offsets.numel()
+        padded = levels[0].shape[0] + 1 - offsets.numel()
         if padded > 0:
             offsets = torch.cat([offsets, offsets[-1:].expand(padded)])
-        return self.regions([states[i] for i in self.config.roi["levels"]], boxes, offsets)
+        return self.regions(levels, boxes, offsets)
 
     def embed(self, batch: Batch, vision_calls: int = 1) -> torch.Tensor:
         """Embeddings [T, D] of a row, images and regions in place."""
+        config = cast(RegionVLMConfig, self.config)
         states = self.encode_images(batch.pixel_values, vision_calls)
-        patches = states[self.config.vision_level][:, self.config.num_prefix_tokens :]
-        visual = self.projector(pool_patches(patches, self.config.grid, self.config.visual_pool))
+        aggregated = self.aggregator(states) if config.uses_aggregator else None
         embeds = self.get_input_embeddings()(batch.input_ids[0])
-        embeds = splice_images(embeds, visual, batch.image_slots)
-        if self.config.linking != "none":
-            embeds = link_regions(embeds, self.encode_regions(states, batch), batch.region_slots, self.config.linking)
+        embeds = splice_images(embeds, self.visual_tokens(states, aggregated, batch), batch.image_slots)
+        if config.soft_prompt:
+            embeds = self.soft_prompt(embeds, batch.soft_slots)
+        if config.linking != "none":
+            levels = [states[i] for i in config.roi["levels"]]
+            if aggregated is not None and config.roi["source"] == "aggregator":
+                levels = [aggregated]
+            embeds = link_regions(embeds, self.encode_regions(levels, batch), batch.region_slots, config.linking)
         return embeds
 
     def forward(
@@ -154,3 +236,12 @@ class RegionVLM(PreTrainedModel):
         if len(self.adapters):
             inputs["routing"] = Routing(self.adapters, batch.task_ids)
         return inputs
+
+
+def _one_per_image(ids: torch.Tensor, mask: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Instructions [N, L'] with empty ones for images that stand in (P5)."""
+    missing = images - ids.shape[0]
+    if missing <= 0:
+        return ids, mask
+    length = ids.shape[1]
+    return torch.cat([ids, ids.new_zeros(missing, length)]), torch.cat([mask, mask.new_zeros(missing, length)])

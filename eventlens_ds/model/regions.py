@@ -22,7 +22,8 @@ BOX_HIDDEN = 256
 class RegionEncoder(nn.Module):
     """Features of the regions of a row.
 
-    image_size is the side in pixels of the images that boxes refer to; grid the patches per side.
+    image_size is the side in pixels of the images that boxes refer to; grid the patches per side. `backend` of the
+    RoI-align (None: chosen per device) is set by RegionVLM.choose_kernels.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class RegionEncoder(nn.Module):
         self.image_size, self.patch_size = image_size, patch_size
         self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
         self.output_size, self.sampling_ratio, self.pool = output_size, sampling_ratio, pool
+        self.backend: str | None = None
         pooled = vision_width * (output_size**2 if pool == "flatten" else 1)
         self.linear_1 = nn.Linear(pooled, width)
         self.linear_2 = nn.Linear(width, width)
@@ -63,6 +65,7 @@ class RegionEncoder(nn.Module):
             sampling_ratio=self.sampling_ratio,
             pool="mean" if self.pool == "mean" else None,
             num_prefix_tokens=self.num_prefix_tokens,
+            backend=self.backend,
         )
         seen = self.linear_2(nn.functional.gelu(self.linear_1(pooled.flatten(1))))
         placed = normalise(boxes_R4, self.image_size, self.image_size).to(pooled.dtype)

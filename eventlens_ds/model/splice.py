@@ -16,6 +16,12 @@ def splice_images(embeds_TD: torch.Tensor, visual_NPD: torch.Tensor, image_slots
     return torch.where((image_slots_T >= 0)[:, None], visual, embeds_TD)
 
 
+def splice_hint(embeds_TD: torch.Tensor, hint_D: torch.Tensor, soft_slots_T: torch.Tensor) -> torch.Tensor:
+    """Tokens with a soft slot become the learned vector. By slot and not by token id: text that spells a placeholder
+    stays text, and the embedding table is not written to, both unlike the released code of LION."""
+    return torch.where(soft_slots_T[:, None], hint_D.to(embeds_TD.dtype), embeds_TD)
+
+
 def link_regions(
     embeds_TD: torch.Tensor, regions_RD: torch.Tensor, region_slots_T: torch.Tensor, linking: str
 ) -> torch.Tensor:

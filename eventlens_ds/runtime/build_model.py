@@ -55,14 +55,15 @@ def describe(config: RunConfig, *, dry: bool = False) -> tuple[RegionVLMConfig, 
         dtype=model_dtype(config),
         from_scratch_is_fine=dry,
     )
-    style = PromptStyle(config.data.list_objects, config.data.event_context)
+    tag_tokens = config.data.tag_tokens if config.model.soft_prompt else -1
+    style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens)
     return architecture, tokenizer, encode_spec(architecture, style)
 
 
 def new_model(config: RunConfig, architecture: RegionVLMConfig, settings: dict[str, Any]) -> RegionVLM:
     """The model with initial weights drawn from train.seed, LoRA included, partitioned when the settings say ZeRO-3.
     Parts that `load_folders` will fill hold no values yet."""
-    return initial.new_model(
+    made = initial.new_model(
         architecture,
         dtype=model_dtype(config),
         seed=config.train.seed,
@@ -70,6 +71,8 @@ def new_model(config: RunConfig, architecture: RegionVLMConfig, settings: dict[s
         lora_config=config.model.lora,
         from_files=folders.published_parts(config.model),
     )
+    made.choose_kernels(config.model.kernels)
+    return made
 
 
 def weights_of_run(model: nn.Module, source: str) -> weights.LoadReport:

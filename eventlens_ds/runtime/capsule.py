@@ -132,5 +132,15 @@ def write(run_dir: Path, *, data: dict[str, Any], ops: dict[str, Any], **more: A
         "ops": ops,
         **more,
     }
-    atomic_write(run_dir / "capsule.json", json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+    _replace(run_dir, content)
     return content
+
+
+def update(run_dir: Path, **entries: Any) -> None:
+    """Replace entries of RUN/capsule.json, for what is known only later; rank 0 calls it."""
+    content = json.loads((run_dir / "capsule.json").read_text(encoding="utf-8"))
+    _replace(run_dir, {**content, **entries})
+
+
+def _replace(run_dir: Path, content: dict[str, Any]) -> None:
+    atomic_write(run_dir / "capsule.json", json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")

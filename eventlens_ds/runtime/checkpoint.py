@@ -322,14 +322,16 @@ def _load_frozen(engine: Any, file: Path) -> None:
                     params[name].copy_(tensors.get_tensor(name))
 
 
-def load(engine: Any, path: Path, *, verified: bool = False, base: dict[str, str] | None = None) -> dict[str, Any]:
+def load(engine: Any, path: Path, *, base: dict[str, str] | None = None) -> dict[str, Any]:
     """Restore engine, optimizer, counters and generators; returns the saved `state`. A collective.
 
-    verified: the folder comes from `resolve` in this process, skip hashing it again. base: sha256 of the published
+    Bytes that `resolve` has hashed are not hashed again. base: sha256 of the published
     weight files in use now, compared with those of the save. DataError before anything is changed: damaged files,
-    another model, base, ZeRO stage or world size. The frozen tensors of the run are restored too.
+    another model, base, ZeRO stage or world size; after it: a file changed while it was read. The frozen tensors of
+    the run are restored too.
     """
-    problems = [] if verified else commit.verify_together(path)
+    before = commit.stamps(path)
+    problems = commit.verify_together(path)
     if problems:
         raise DataError(f"{path}: {problems[0]}")
     manifest = commit.read_manifest(path)
@@ -346,6 +348,9 @@ def load(engine: Any, path: Path, *, verified: bool = False, base: dict[str, str
     if manifest["frozen"]:
         _load_frozen(engine, path.parent.parent / manifest["frozen"]["path"])
     rng.restore(safetensors.torch.load_file(path / f"rng-rank{rank_and_size()[0]}.safetensors"))
+    changed = next(filter(None, gather_objects(commit.changed(path, before))), "")
+    if changed:
+        raise DataError(f"{path}: {changed} changed while it was read")
     return manifest["state"]
 
 
@@ -353,12 +358,20 @@ def weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, fp32 tensor on CPU) of everything a checkpoint holds: trained and frozen tensors, persistent buffers.
 
     path: one checkpoint (a run's comes from `resolve`). Needs no process group, and any rank may call it alone.
-    Under ZeRO 1-3 trained tensors are the fp32 masters. Integer buffers keep their type. DataError: damaged.
+    Under ZeRO 1-3 trained tensors are the fp32 masters. Integer buffers keep their type. DataError: damaged, or
+    changed between its verification and the last tensor. Bytes that `resolve` has hashed are not hashed again.
     """
-    manifest = commit.read_manifest(path)
+    before = commit.stamps(path)
     problems = verify(path)
     if problems:
         raise DataError(f"{path}: {problems[0]}")
+    yield from _tensors(path, commit.read_manifest(path))
+    changed = commit.changed(path, before)
+    if changed:
+        raise DataError(f"{path}: {changed} changed while it was read")
+
+
+def _tensors(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     if manifest["frozen"]:
         with safe_open(str(path.parent.parent / manifest["frozen"]["path"]), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,47 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def stamp(path: Path) -> list[int]:
+    """What changes whenever a file does: inode, size, times of last change of content and of inode (ns)."""
+    found = path.stat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+class _Hashes:
+    """sha256 of the files this process or its group has read, each valid as long as the file's stamp is.
+
+    A clock tick of a file system can hide a second write, so a file changed less than `SETTLED` before it is read is
+    hashed again whenever it is asked for.
+    """
+
+    SETTLED = 2.0
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[list[int], str]] = {}
+
+    def sha256(self, path: Path) -> str:
+        key, before, started = str(path.resolve()), stamp(path), time.time()
+        stamped, digest = self._known.get(key, ([], ""))
+        if stamped == before:
+            return digest
+        digest = sha256_file(path)
+        if stamp(path) == before and max(before[2:]) / 1e9 < started - self.SETTLED:
+            self._known[key] = (before, digest)
+        return digest
+
+    def of(self, folder: Path) -> dict[str, tuple[list[int], str]]:
+        """What is known of the files below a folder."""
+        root = f"{folder.resolve()}{os.sep}"
+        return {name: entry for name, entry in self._known.items() if name.startswith(root)}
+
+    def learn(self, entries: dict[str, Any]) -> None:
+        """Take over what another rank has hashed; a file that looks different from here is hashed here."""
+        self._known.update((name, (list(stamped), digest)) for name, (stamped, digest) in entries.items())
+
+
+hashes = _Hashes()
+
+
 def _text(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n"
 
@@ -174,7 +216,7 @@ def _check_file(root: Path, name: str, entry: dict[str, Any], quick: bool) -> st
     if quick:
         return None
     try:
-        if sha256_file(file) != entry["sha256"]:
+        if hashes.sha256(file) != entry["sha256"]:
             return f"{name}: content does not match its sha256"
     except OSError as error:
         return f"{name}: {error.strerror or error}"
@@ -182,7 +224,8 @@ def _check_file(root: Path, name: str, entry: dict[str, Any], quick: bool) -> st
 
 
 def verify(path: Path, *, quick: bool = False, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """Problems of one checkpoint folder, each naming a file; empty when it is whole.
+    """Problems of one checkpoint folder, each naming a file; empty when it is whole. A file that was hashed before and
+    has not been touched since is not read again.
 
     quick: sizes only, no hashing. share: (k, n) checks the k-th of n shares of the files, those that rank k wrote.
     """
@@ -208,10 +251,29 @@ def verify(path: Path, *, quick: bool = False, share: tuple[int, int] = (0, 1)) 
 
 
 def verify_together(path: Path) -> list[str]:
-    """`verify` shared out over the ranks of the process group; every rank gets all problems. A collective."""
+    """`verify` shared out over the ranks of the process group; every rank gets all problems, and what the others
+    hashed. A collective."""
     if not in_group():
         return verify(path)
-    return sum(gather_objects(verify(path, share=rank_and_size())), [])
+    own = verify(path, share=rank_and_size())
+    # The run folder, because the frozen tensors lie beside the checkpoints.
+    parts = gather_objects([own, hashes.of(path.parent.parent)])
+    for _, entries in parts:
+        hashes.learn(entries)
+    return [problem for problems, _ in parts for problem in problems]
+
+
+def stamps(path: Path) -> dict[str, list[int]]:
+    """Stamp of every file that belongs to a checkpoint."""
+    frozen = read_manifest(path)["frozen"]
+    files = [*path.rglob("*"), *([path.parent.parent / frozen["path"]] if frozen else [])]
+    return {str(file): stamp(file) for file in files if file.is_file()}
+
+
+def changed(path: Path, before: dict[str, list[int]]) -> str:
+    """Name of a file of a checkpoint whose stamp is not that of `before`; empty when there is none."""
+    now = stamps(path)
+    return min((name for name in {*before, *now} if before.get(name) != now.get(name)), default="")
 
 
 def committed(run_dir: Path) -> list[Path]:

@@ -1,27 +1,21 @@
-"""Process groups: find out who we are, join the other ranks, agree with them; start local ranks.
+"""Process groups: find out who we are, join the other ranks, agree with them.
 
-In: the environment of torchrun, of the deepspeed launcher, of srun, or none of them. Out: a `World`, a few typed
-collectives, and `spawn`, the launcher behind `eventlens train --ranks N`.
-Decision: whatever travels between ranks as an object is JSON over byte tensors, so no rank unpickles anything, and
-the two things DeepSpeed does by itself at start-up (guessing an accelerator, compiling a shared-memory op that has
-no timeout) are switched off before it is imported.
+In: the environment of torchrun, of the deepspeed launcher, of srun, or none of them. Out: a `World` and a few typed
+collectives.
+Decision: whatever travels between ranks as an object is JSON over byte tensors, so no rank unpickles anything; what
+DeepSpeed does unasked at start-up (guess an accelerator, compile an op without timeout) is switched off before it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import logging
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -31,14 +25,13 @@ from eventlens_ds.errors import DataError, UserError
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
-
 LOOPBACK = "127.0.0.1"
-PREEMPTED = 75
-"""Exit code of a rank that stopped on request after saving."""
 
 _PORT_FIRST, _PORT_COUNT = 10000, 20000
 """Ports derived from a job id stay below Linux's ephemeral range (32768 and up), where any client may sit."""
+
+_RESOLVE_WAITS = (1.0, 3.0)
+"""Seconds between attempts: name services of a cluster fail for a moment when a job starts on all its nodes."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +92,8 @@ def rendezvous(env: dict[str, str]) -> dict[str, str]:
         local = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or str(size)
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
         found = {name: str(_number(env, name)) for name in names}
+        if not 0 < int(found["MASTER_PORT"]) < 65536:
+            raise UserError(f"MASTER_PORT is not a port: {found['MASTER_PORT']}")
         if not env.get("MASTER_ADDR"):
             raise UserError("MASTER_ADDR is not set, although RANK is")
         return {**found, "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": env["MASTER_ADDR"]}
@@ -128,6 +123,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
+
+
+def _check_address(host: str) -> None:
+    """UserError when the name of the rendezvous resolves to nothing; torch would ask again until its timeout."""
+    for wait in (*_RESOLVE_WAITS, None):
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except socket.gaierror as error:
+            if wait is None:
+                raise UserError(f"MASTER_ADDR {host} cannot be resolved: {error.strerror}") from error
+        time.sleep(wait)
 
 
 def _prepare(accelerator: str) -> None:
@@ -169,8 +176,9 @@ def start(threads: int, timeout_minutes: float) -> World:
     """Join the process group of this run (gloo on CPU, nccl on GPU) and return our place in it.
 
     `threads`: CPU threads of this rank; 0 takes this rank's share of the cores.
-    `timeout_minutes`: how long a collective may take. UserError: a launcher's variables are incomplete, the port of
-    the rendezvous is taken, or there are more ranks than GPUs. A second call returns the same World.
+    `timeout_minutes`: how long a collective may take. UserError: a launcher's variables are incomplete, the address of
+    the rendezvous does not resolve or its port is taken, or there are more ranks than GPUs.
+    A second call returns the same World.
     """
     global _world
     if _world is not None:
@@ -183,6 +191,7 @@ def start(threads: int, timeout_minutes: float) -> World:
     import torch
 
     device, accelerator = _pick_device(local_rank, local_size)
+    _check_address(env["MASTER_ADDR"])
     _prepare(accelerator)
     import deepspeed
 
@@ -209,7 +218,9 @@ def stop() -> None:
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        # Through DeepSpeed where it is loaded: it keeps groups of its own, which the next `start` must not find.
+        comm = sys.modules.get("deepspeed.comm.comm")
+        (torch.distributed if comm is None or comm.cdb is None else comm).destroy_process_group()
     _world = None
     # Left in place, a process started from here would take our rank and our port for its own.
     for name, value in _before.items():
@@ -293,87 +304,3 @@ def agree(name: str, value: Any) -> None:
     differ = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
     if differ:
         raise DataError(f"{name} is not the same on all ranks: rank(s) {', '.join(differ)} differ from rank 0")
-
-
-def _before_exec(parent: int) -> Callable[[], None]:
-    """A preexec function: on Linux this child gets SIGKILL as soon as its parent is gone.
-
-    SIGUSR1 is ignored until the rank installs its handler; its default action would kill a rank that is starting.
-    """
-    prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
-
-    def arm() -> None:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        if prctl is not None:
-            prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-            if os.getppid() != parent:
-                os._exit(1)
-
-    return arm
-
-
-def _start_ranks(ranks: int, argv: Sequence[str], module: str, children: list[subprocess.Popen[bytes]]) -> None:
-    port = str(free_port())
-    arm = _before_exec(os.getpid())
-    for rank in range(ranks):
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": LOOPBACK,
-            "MASTER_PORT": port,
-        }
-        # Own session: Ctrl-C in a terminal reaches the ranks once, through us, and not twice.
-        command = [sys.executable, "-m", module, *argv]
-        children.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=arm))
-
-
-def _watch(children: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; once one failed, give the others a grace period, then SIGTERM, then SIGKILL."""
-    first_failure, deadline, asked = 0, float("inf"), False
-    while None in [child.poll() for child in children]:  # a list: every child must be polled, not only the first
-        failed = next((child for child in children if child.returncode not in (None, 0)), None)
-        if failed is not None and not first_failure:
-            first_failure = failed.returncode
-            # After a planned stop rank 0 may still be writing; after a crash the others only wait for the dead one.
-            deadline = time.monotonic() + (60.0 if first_failure == PREEMPTED else 5.0)
-        if time.monotonic() > deadline:
-            for child in children:
-                if child.poll() is None:
-                    child.kill() if asked else child.terminate()
-            asked, deadline = True, time.monotonic() + 5.0
-        time.sleep(0.05)
-    codes = [first_failure, *(child.returncode for child in children)]
-    code = next((code for code in codes if code), 0)
-    return 128 - code if code < 0 else code
-
-
-def spawn(ranks: int, argv: Sequence[str], module: str = "eventlens_ds.train") -> int:
-    """Run `python -m module *argv` as `ranks` local processes; return the first non-zero exit code, or 0.
-
-    SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks. When one rank fails the others get five seconds (a minute
-    after exit code 75) before they are ended. A rank killed by signal S counts as 128 + S. The ranks die with the
-    calling thread, which must be the main one (only there can Python take signals).
-    """
-    if ranks < 1:
-        raise UserError(f"--ranks must be at least 1, not {ranks}")
-    children: list[subprocess.Popen[bytes]] = []
-
-    def forward(number: int, _frame: Any) -> None:
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        _start_ranks(ranks, argv, module, children)
-        return _watch(children)
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,7 +7,8 @@ Decision: nothing but a call, so that `eventlens train` and this door cannot dif
 
 import sys
 
+from eventlens_ds.runtime.failures import leave
 from eventlens_ds.train.door import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(lambda: main(sys.argv[1:]))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from eventlens_ds.model.adapters import level_of
 from eventlens_ds.runtime.distributed import all_reduce_sum, rank_and_size
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ class Audit:
 
     def _reason(self, name: str, arrived: bool) -> str:
         parts = name.split(".")
-        if parts[0] == "adapters" and not any(parts[-1].startswith(f"{task}_") for task in self._tasks):
+        fed = {name for task in self._tasks for name in (task, level_of(task), f"gate_{level_of(task)}")}
+        if parts[0] == "adapters" and not any(parts[-1].startswith(f"{name}_") or parts[-1] == name for name in fed):
             return "no sample of its task in these steps"
         if not arrived:
             return "the loss does not depend on it"

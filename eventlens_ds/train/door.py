@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import logging
 import os
 import shlex
@@ -23,13 +22,6 @@ from eventlens_ds.errors import UserError
 
 if TYPE_CHECKING:
     from eventlens_ds.config.run_config import RunConfig
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells give it (128 + SIGINT)."""
-
-
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-"""Faults of the place a user chose to write to, not of ours."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,6 +100,22 @@ def run(args: argparse.Namespace, settings: Sequence[str], command: Sequence[str
     return training.main(config, dry_run=args.dry_run) or 0
 
 
+def launch(ranks: int, args: argparse.Namespace, settings: Sequence[str], command: Sequence[str]) -> int:
+    """`eventlens train --ranks N`: open an attempt, start the ranks, see to it that outcome.json says how it ended.
+
+    What can be refused without the ranks is refused here, once.
+    """
+    from eventlens_ds.runtime.local_ranks import run_ranks
+    from eventlens_ds.train import outcome
+
+    run_dir = Path(configure(args, settings).io.run)
+    attempt = outcome.begin(run_dir)
+    told = {outcome.ATTEMPT: str(attempt), outcome.LAUNCHED: outcome.launched()}
+    ended = run_ranks(ranks, without_ranks(command), env=told)
+    outcome.conclude(run_dir, attempt, ended)
+    return ended.code
+
+
 def without_ranks(command: Sequence[str]) -> list[str]:
     """A command line without --ranks N."""
     kept: list[str] = []
@@ -150,7 +158,7 @@ def settle_accelerator() -> None:
 
 def start_logging() -> None:
     """Our own loggers print to stdout, on rank 0 from INFO and on the others from WARNING."""
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    rank = _rank()
     logger = logging.getLogger("eventlens_ds")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if not logger.handlers:
@@ -160,25 +168,35 @@ def start_logging() -> None:
         logger.propagate = False
 
 
+def _rank() -> int:
+    """Rank of this process as its launcher says, before any process group exists."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
 def guarded(function: Callable[[], int]) -> int:
-    """Runs `function`; a UserError becomes one line on stderr and its exit code, Ctrl-C becomes 130."""
+    """Runs `function`; a UserError becomes one line on stderr and its exit code, Ctrl-C becomes 130 and SIGTERM 143.
+
+    A bug keeps its traceback. What other ranks report (runtime/failures.py) passes through as a silent exit.
+    """
+    from eventlens_ds.runtime import failures
+
     try:
         return function()
-    except UserError as error:
-        sys.stderr.write(f"eventlens: error: {error}\n")
-        return error.code
-    except KeyboardInterrupt:
-        sys.stderr.write("eventlens: interrupted\n")
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output left (`eventlens ... | head`); Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in STORAGE:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in failures.STORAGE:
             raise
-        sys.stderr.write(f"eventlens: error: {error.filename or 'storage'}: {error.strerror}\n")
-        return UserError.code
+        code, line = failures.exit_of(error)
+        sys.stderr.write(f"eventlens: error: {line}\n")
+        return code
+    except (KeyboardInterrupt, failures.Terminated) as stopped:
+        code, line = failures.exit_of(stopped)
+        if _rank() == 0:
+            sys.stderr.write(f"eventlens: {line}\n")
+        return code
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,6 +13,9 @@ from eventlens_ds.model.configuration import RegionVLMConfig
 from eventlens_ds.model.stages import numel, part_of
 from eventlens_ds.train.metrics import part_flops
 
+PER_TOKEN = frozenset({"language", "adapters", "image_adapter", "region_adapter", "router", "lora"})
+"""Parts that see every token of a row; the others see the patches of its images."""
+
 
 class StepFlops:
     """Counts once what every part costs per token."""
@@ -32,7 +35,7 @@ class StepFlops:
         total = 0.0
         trains_vision = self.sizes.get("vision", [0, 0])[1] > 0
         for part, (size, trained) in self.sizes.items():
-            seen = tokens if part in ("language", "adapters", "lora") else images * self.patches
+            seen = tokens if part in PER_TOKEN else images * self.patches
             backward = part != "vision" or trains_vision
             total += part_flops(seen, size, trained=trained / max(1, size), backward=backward)
         return total

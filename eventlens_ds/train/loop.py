@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from eventlens_ds.train.flops import StepFlops
 from eventlens_ds.train.metrics import RunLog, StepMetrics, memory_bytes, mfu, sample_hash
 from eventlens_ds.train.preempt import StopFlag
 from eventlens_ds.train.schedule import lr_factor
+from eventlens_ds.train.skipped import SkippedLog, gather_skipped
 from eventlens_ds.train.state import TrainState
 from eventlens_ds.train.tensorboard import Board
 
@@ -50,6 +51,8 @@ class StepReport(NamedTuple):
     tokens: int
     samples: int
     skipped: int
+    regions_used: int
+    regions_unused: int
     stop: bool
     slowest_wait: float
     grad_norm: float
@@ -62,6 +65,14 @@ class Writers:
     run_log: RunLog
     board: Board | None
     flops: StepFlops
+    skipped: SkippedLog
+    first_step: Callable[[], None]
+    """Called once, when the first optimizer step of this attempt is done."""
+
+    def close(self) -> None:
+        self.run_log.close()
+        if self.board:
+            self.board.close()
 
 
 def micro_batches(data: RunData, plan: Plan, config: RunConfig, world: World, first_step: int) -> Iterator[Batch]:
@@ -88,7 +99,10 @@ def train(
     writers: Writers | None,
     evaluate: Any,
 ) -> str:
-    """Run to train.steps or to a planned stop; returns "finished" or "preempted"."""
+    """Run to train.steps or to a planned stop; returns "finished" or "preempted".
+
+    DataError when the checkpoint of either cannot be written: the steps since the one before would be lost.
+    """
     run_dir = Path(config.io.run)
     frozen = checkpoint.save_frozen(trainable.engine, run_dir, trainable.frozen_own)
     batches = micro_batches(data, plan, config, world, state.step)
@@ -96,21 +110,7 @@ def train(
     micro_steps = -(-config.train.rows_per_step // world.size)
     audit = Audit(trainable.engine.module)
 
-    def save(best: bool = False) -> None:
-        started = time.monotonic()
-        path = checkpoint.save(
-            trainable.engine,
-            run_dir,
-            step=state.step,
-            state=state.to_json(),
-            base=trainable.base,
-            frozen_saved_in=frozen,
-            keep=config.train.keep,
-            best=best,
-        )
-        if path is not None and writers:
-            log.info("saved %s in %.1f s", path, time.monotonic() - started)
-
+    first_step = state.step + 1
     while state.step < config.train.steps:
         started = time.monotonic()
         step_rows = [next(batches) for _ in range(micro_steps)]
@@ -124,7 +124,13 @@ def train(
         state.samples_read += report.samples
         state.samples_skipped += report.skipped
         audit.after_step(report.task_loss)
-        _note_skipped(run_dir, world, step, step_rows, state, config)
+        if writers and state.step == first_step:
+            writers.first_step()
+        if report.skipped:
+            skipped = gather_skipped(step_rows, world)
+            if writers:
+                writers.skipped.add(state.step, skipped)
+            _check_budget(run_dir, state, config)
         if ledger:
             ledger.write(step, step_rows)
         if writers:
@@ -133,10 +139,34 @@ def train(
         best = evaluate(state) if due else False
         last = state.step == config.train.steps
         if report.stop or last or best or (config.train.save_every and state.step % config.train.save_every == 0):
-            save(best)
+            saved = _save(trainable, config, state, frozen, best, told=writers is not None)
+            if not saved and (last or report.stop):
+                raise DataError(
+                    f"{run_dir}: the checkpoint of step {state.step}, the last of the run, cannot be written"
+                )
         if report.stop and not last:
             return "preempted"
     return "finished"
+
+
+def _save(
+    trainable: Trainable, config: RunConfig, state: TrainState, frozen: str | None, best: bool, told: bool
+) -> bool:
+    """Commit a checkpoint, and log it where `told`; False, on every rank, when storage failed. A collective."""
+    started = time.monotonic()
+    path = checkpoint.save(
+        trainable.engine,
+        Path(config.io.run),
+        step=state.step,
+        state=state.to_json(),
+        base=trainable.base,
+        frozen_saved_in=frozen,
+        keep=config.train.keep,
+        best=best,
+    )
+    if path is not None and told:
+        log.info("saved %s in %.1f s", path, time.monotonic() - started)
+    return path is not None
 
 
 def optimizer_step(
@@ -165,12 +195,14 @@ def optimizer_step(
         sums += made.sums.detach().double()
         task_sums += made.task_sums
         task_counts += made.task_counts
-    own = [len(row.sample_ids) for row in rows], [len(row.skipped) for row in rows], [row.real_tokens for row in rows]
-    extras = torch.tensor([*(float(sum(x)) for x in own), float(stop)], dtype=torch.float64, device=world.device)
+    own = [
+        (len(row.sample_ids), len(row.skipped), row.real_tokens, row.regions_used, row.regions_unused) for row in rows
+    ]
+    extras = torch.tensor([*map(sum, zip(*own)), stop], dtype=torch.float64, device=world.device)
     waits = torch.zeros(world.size, dtype=torch.float64, device=world.device)
     waits[world.rank] = waited
     joined = all_reduce_sum(torch.cat([sums, task_sums, task_counts, extras, waits])).cpu()
-    sums, task_sums, task_counts, extras, waits = joined.split([3, len(TASKS), len(TASKS), 4, world.size])
+    sums, task_sums, task_counts, extras, waits = joined.split([3, len(TASKS), len(TASKS), len(extras), world.size])
     norm = engine.get_global_grad_norm()
     norm = plain_norm if norm is None else norm
     return StepReport(
@@ -180,7 +212,9 @@ def optimizer_step(
         tokens=int(extras[2]),
         samples=int(extras[0]),
         skipped=int(extras[1]),
-        stop=bool(extras[3] > 0),
+        regions_used=int(extras[3]),
+        regions_unused=int(extras[4]),
+        stop=bool(extras[5] > 0),
         slowest_wait=float(waits.max()),
         grad_norm=float("nan") if norm is None else float(norm),
     )
@@ -222,6 +256,8 @@ def _report(
         lr=lr,
         tokens_per_s=report.tokens / seconds,
         supervised_tokens=report.supervised,
+        regions_used=report.regions_used,
+        regions_unused=report.regions_unused,
         step_time=seconds,
         data_wait=report.slowest_wait,
         mfu=mfu(flops, seconds, world.size, gpu, config.train.dtype)[0],
@@ -233,16 +269,8 @@ def _report(
         writers.board.step(metrics)
 
 
-def _note_skipped(
-    run_dir: Path, world: World, step: int, rows: list[Batch], state: TrainState, config: RunConfig
-) -> None:
-    """List every sample of this rank that was not used; stop the run when there are too many (all ranks agree,
-    because the counts are sums over ranks)."""
-    lines = [{"step": step, "id": i, "reason": why} for row in rows for i, why in row.skipped]
-    if lines:
-        name = "skipped.jsonl" if world.size == 1 else f"skipped-rank{world.rank}.jsonl"
-        with (run_dir / name).open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+def _check_budget(run_dir: Path, state: TrainState, config: RunConfig) -> None:
+    """Stop the run when too many samples could not be used; all ranks agree, because the counts are sums over ranks."""
     if state.samples_skipped > max(1.0, config.data.error_budget * state.samples_read):
         raise DataError(
             f"{run_dir}: {state.samples_skipped} of {state.samples_read} samples could not be used, more than "

@@ -52,7 +52,9 @@ class StepMetrics:
     """One optimizer step over all ranks. Times in seconds, memory in bytes, learning rate of a part with scale 1.
 
     `loss` is the weighted sum of objective means and `task_loss` the mean of each task (P8). `tokens_per_s` counts
-    real tokens (no padding) over all ranks, `supervised_tokens` those with a loss. `data_wait` is the part of
+    real tokens (no padding) over all ranks, `supervised_tokens` those with a loss. `regions_used` counts the regions
+    that a mention or an object list of the step links to, `regions_unused` the other regions of its images (P6),
+    an image once per group of samples on it. `data_wait` is the part of
     `step_time` spent waiting for the loader, largest over ranks. `mfu` is None where `mfu()` gives a reason.
     """
 
@@ -63,6 +65,8 @@ class StepMetrics:
     lr: float
     tokens_per_s: float
     supervised_tokens: int
+    regions_used: int
+    regions_unused: int
     step_time: float
     data_wait: float
     mfu: float | None

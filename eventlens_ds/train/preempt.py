@@ -1,15 +1,23 @@
-"""A planned stop: SIGTERM or SIGUSR1 asks the run to save at the end of the step and leave with exit code 75.
+"""What SIGTERM does: before training it ends the attempt, during training it asks for a planned stop.
 
-In: signals to any rank. Out: a flag that the loop sends along with the sums of every step, so a signal to one rank
-stops all of them at the same step. Decision: the handler only sets the flag; nothing is done inside a signal handler.
+In: signals to any rank. Out: `EarlyStop` raises Terminated (exit code 143); `StopFlag`, for SIGTERM and SIGUSR1, is a
+flag that the loop sends along with the sums of every step, so a signal to one rank stops all of them at the same step,
+with a checkpoint and exit code 75.
+Decision: handlers do next to nothing. A rank that waits for the others inside a C call runs no handler at all, so a
+thread that the signal wakes ends it there.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
-PREEMPTED = 75
+from eventlens_ds.runtime.failures import Terminated
+
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -31,3 +39,52 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.raised = True
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated(signal.Signals(number).name)
+
+
+class EarlyStop:
+    """SIGTERM raises Terminated, wherever no StopFlag has taken it over. Outside the main thread nothing is done.
+
+    last_words: called with the error where the main thread does not come to raise it within GRACE seconds; the process
+    then ends with its exit code.
+    """
+
+    GRACE = 3.0
+
+    def __init__(self, last_words: Callable[[Terminated], None]) -> None:
+        self._last_words = last_words
+        self._left = threading.Event()
+        self._before: Any = None
+        self._wake = -1
+
+    def __enter__(self) -> EarlyStop:
+        if threading.current_thread() is threading.main_thread():
+            read, self._wake = os.pipe()
+            os.set_blocking(self._wake, False)
+            signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+            self._before = signal.signal(signal.SIGTERM, _terminate)
+            threading.Thread(target=self._watch, args=(read,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._left.set()
+        if self._wake >= 0:
+            signal.signal(signal.SIGTERM, self._before)
+            signal.set_wakeup_fd(-1)
+            os.close(self._wake)
+
+    def _watch(self, read: int) -> None:
+        with open(read, "rb", buffering=0) as woken:
+            while number := woken.read(1):  # empty once the other end is closed
+                early = number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _terminate
+                if early and not self._left.wait(self.GRACE):
+                    error = Terminated()
+                    self._last_words(error)
+                    os._exit(int(str(error.code)))
+
+
+# A forked worker shares the pipe: a signal meant for it would wake the thread of the rank.
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))

@@ -6,9 +6,9 @@ The stages:
   2. dry run    print configuration, DeepSpeed dict, stage table, plan, and leave
   3. build      process group, model, engine; resume from the newest checkpoint that verifies
   4. train      train/loop.py
-  5. outcome    how it ended, for launchers
-Decision: what is slow and needs no peers (lengths, plan) comes first, so a broken data set is reported by one process
-in seconds and never inside a collective.
+outcome.json frames 1, 3 and 4 (train/outcome.py). Decision: what is slow and needs no peers (lengths, plan) comes
+before the process group, and what goes wrong there is raised once all ranks are in it, so a broken data set is one
+line, whichever ranks meet it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eventlens_ds.config import load as config_load
 from eventlens_ds.config.deepspeed import deepspeed_dict
@@ -38,24 +38,41 @@ PANELS = 4
 
 def main(config: RunConfig, dry_run: bool = False) -> int:
     """Train, or with `dry_run` print what would run. Returns the exit code."""
+    if dry_run:
+        from eventlens_ds.runtime.build_model import describe
+
+        sys.stdout.write(dry_text(config, describe(config, dry=True)[0]))
+        return 0
+    from eventlens_ds.runtime.failures import process_group
+    from eventlens_ds.train.outcome import Attempt
+
+    with Attempt(Path(config.io.run)) as attempt:
+        prepared, problem = None, None
+        try:
+            prepared = _prepare(config)
+        except (UserError, OSError) as error:
+            problem = error
+        with process_group(config.train.threads, config.train.timeout_minutes, problem) as world:
+            assert prepared is not None
+            return _run(config, prepared, world, attempt)
+
+
+class _Prepared(NamedTuple):
+    """What every rank knows before it meets the others."""
+
+    architecture: Any
+    data: RunData
+    plan: Plan
+
+
+def _prepare(config: RunConfig) -> _Prepared:
     from eventlens_ds.runtime.build_model import describe
 
-    architecture, tokenizer, spec = describe(config, dry=dry_run)
-    if dry_run:
-        sys.stdout.write(dry_text(config, architecture))
-        return 0
-    run_dir = Path(config.io.run)
+    architecture, tokenizer, spec = describe(config)
     data = training_data(config, tokenizer, spec)
-    plan = data.plan(
-        seed=config.train.seed, rows_per_step=config.train.rows_per_step, cache_dir=Path(config.data.train[0]) / "plans"
-    )
-    from eventlens_ds.runtime import distributed
-
-    world = distributed.start(config.train.threads, config.train.timeout_minutes)
-    try:
-        return _run(config, architecture, data, plan, world, run_dir)
-    finally:
-        distributed.stop()
+    train = config.train
+    plan = data.plan(seed=train.seed, rows_per_step=train.rows_per_step, cache_dir=Path(config.data.train[0]) / "plans")
+    return _Prepared(architecture, data, plan)
 
 
 def training_data(config: RunConfig, tokenizer: PieceTokenizer, spec: EncodeSpec) -> RunData:
@@ -79,15 +96,19 @@ def tasks_of(data: RunData) -> list[str]:
     return [TASKS[t] for t in sorted(present)]
 
 
-def _run(config: RunConfig, architecture: Any, data: RunData, plan: Plan, world: Any, run_dir: Path) -> int:
+def _run(config: RunConfig, prepared: _Prepared, world: Any, attempt: Any) -> int:
     from eventlens_ds.runtime import checkpoint
     from eventlens_ds.runtime.distributed import agree
+    from eventlens_ds.runtime.local_ranks import PREEMPTED
     from eventlens_ds.train.engine import build
     from eventlens_ds.train.flops import StepFlops
     from eventlens_ds.train.loop import train
-    from eventlens_ds.train.preempt import PREEMPTED, StopFlag
+    from eventlens_ds.train.outcome import FINISHED
+    from eventlens_ds.train.preempt import StopFlag
     from eventlens_ds.train.state import TrainState
 
+    architecture, data, plan = prepared
+    run_dir = Path(config.io.run)
     agree("the configuration", config_load.dump(config))
     agree("the plan", plan.fingerprint)
     lead = world.rank == 0
@@ -97,22 +118,19 @@ def _run(config: RunConfig, architecture: Any, data: RunData, plan: Plan, world:
         raise UserError(f"io.run {run_dir}: holds checkpoints and io.resume is never; name another folder")
     trainable = build(config, architecture, world, tasks_of(data))
     if found is not None:
-        state.restore(checkpoint.load(trainable.engine, found, verified=True, base=trainable.base), str(found))
+        state.restore(checkpoint.load(trainable.engine, found, base=trainable.base), str(found))
         log.info("resumed from %s at step %d", found, state.step)
     if lead:
         _open_run(config, run_dir, plan, data, trainable)
-    writers = _writers(config, run_dir, state, data, StepFlops(trainable.model, architecture)) if lead else None
+    flops = StepFlops(trainable.model, architecture)
+    writers = _writers(config, run_dir, state, prepared, flops, attempt) if lead else None
     with StopFlag() as stop:
         evaluate = _Evaluation(config, trainable, data, world, writers)
         ended = train(trainable, data, plan, config, world, state, stop, writers, evaluate)
-    code = PREEMPTED if ended == "preempted" else 0
-    if lead:
-        if writers is not None:
-            writers.run_log.close()
-            if writers.board:
-                writers.board.close()
-        outcome = {"state": ended, "reason": "signal" if code else "", "code": code, "step": state.step}
-        checkpoint.atomic_write(run_dir / "outcome.json", json.dumps(outcome).encode() + b"\n")
+    code = 0 if ended == FINISHED else PREEMPTED
+    if writers is not None:
+        writers.close()
+        attempt.end(ended, code, state.step, "signal" if code else "")
     return code
 
 
@@ -139,15 +157,40 @@ def _open_run(config: RunConfig, run_dir: Path, plan: Plan, data: RunData, train
         log.warning("%s: group %d is never used: %s", config.data.train[table], group, reason)
 
 
-def _writers(config: RunConfig, run_dir: Path, state: Any, data: RunData, flops: Any) -> Any:
+def _writers(config: RunConfig, run_dir: Path, state: Any, prepared: _Prepared, flops: Any, attempt: Any) -> Any:
+    from eventlens_ds.ops import dispatch
+    from eventlens_ds.runtime import capsule
     from eventlens_ds.train.loop import Writers
     from eventlens_ds.train.metrics import RunLog
+    from eventlens_ds.train.skipped import SkippedLog
     from eventlens_ds.train.tensorboard import Board
 
     first = state.step + 1
+    _, data, plan = prepared
     run_log = RunLog(run_dir / "log.jsonl", first_step=first, tasks=tasks_of(data))
     board = Board(run_dir / "tensorboard", first_step=first) if config.io.tensorboard else None
-    return Writers(run_log, board, flops)
+    skipped = SkippedLog(run_dir)
+    if not state.step:
+        never = ((s.id, reason) for table, group, reason in plan.refused for s in data.group(table, group).samples)
+        skipped.add(None, never)
+
+    def first_step() -> None:
+        attempt.first_step()
+        # Which backend an op takes is decided when it first runs.
+        capsule.update(run_dir, ops=dispatch.decisions())
+
+    return Writers(run_log, board, flops, skipped, first_step)
+
+
+def images_with(questions: int, data: RunData) -> int:
+    """How many of the first images hold about `questions` questions. Whole images, so that both halves of a question
+    are among them."""
+    counts = {task: 0 for groups in data.groups for task in set(groups.task.tolist())}
+    for groups in data.groups:
+        for task in counts:
+            counts[task] += int((groups.last - groups.first)[groups.task == task].sum())
+    per_image = max(counts.values()) / sum(shards.num_images for shards in data.shards)
+    return max(1, round(questions / per_image))
 
 
 class _Evaluation:
@@ -161,10 +204,7 @@ class _Evaluation:
 
             folder = config.data.eval or config.data.train[0]
             args = (config, data.tokenizer, data.spec, folder, config.data.eval_split)
-            whole = eval_data(*args)
-            # Whole images, so that both halves of a question are in the subset.
-            per_image = sum(map(len, whole.tables)) / sum(shards.num_images for shards in whole.shards)
-            self.data = eval_data(*args, limit=max(1, round(config.eval.samples / per_image)))
+            self.data = eval_data(*args, limit=images_with(config.eval.samples, eval_data(*args)))
 
     def __call__(self, state: Any) -> bool:
         from eventlens_ds.eval import vcr
@@ -215,7 +255,7 @@ def dry_text(config: RunConfig, architecture: Any) -> str:
         model = RegionVLM(architecture)
         if config.model.lora.rank:
             lora.inject(model.language_model, config.model.lora, config.train.seed)
-    tasks = config.data.tasks or TASKS
+    tasks = config.data.tasks or architecture.tasks
     stage = stage_table(apply_stage(model, config.stage.train, tasks))
     settings = json.dumps(deepspeed_dict(config, 1), indent=1)
     return (

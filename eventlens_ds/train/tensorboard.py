@@ -46,6 +46,8 @@ class Board:
             "perf/memory_gib": m.memory / 2**30,
             "data/wait": m.data_wait,
             "data/supervised_tokens": m.supervised_tokens,
+            "data/regions_used": m.regions_used,
+            "data/regions_unused": m.regions_unused,
         }
         if m.mfu is not None:
             values["perf/mfu"] = m.mfu

@@ -70,6 +70,22 @@ def _paint_image(
     ]
 
 
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def paint(root: Path, *names: str, size: tuple[int, int] = (20, 10)) -> Path:
+    """Grey pictures below root/images; returns `root`."""
+    for name in names:
+        path = root / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (90, 90, 90)).save(path)
+    return root
+
+
 @pytest.fixture
 def vcr_root(tmp_path: Path) -> Path:
     """Twelve images with two questions each, split train."""

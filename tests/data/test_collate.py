@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from eventlens_ds.data.collate import collate, flatten, positions
+from eventlens_ds.data.controls import apply_control
 from eventlens_ds.data.encode import encode
+from eventlens_ds.data.prompts import mentions, render
 from eventlens_ds.data.records import Batch, EncodedGroup
 from eventlens_ds.model.attention import tree_positions
 from tests.small_world import SmallRun
@@ -106,6 +108,59 @@ def test_indices_are_shifted_group_by_group(small: SmallRun) -> None:
     questions = len(made[1].choices)
     assert batch.choice_leaves.shape == (questions, 4) and batch.choice_weight.tolist() == [1.0] * questions
     assert batch.choice_leaves.min() == len(made[0].leaf_weight) and set(batch.choice_task.tolist()) == {2}
+
+
+@pytest.mark.P6
+def test_regions_that_nothing_refers_to_are_counted(small: SmallRun) -> None:
+    """By hand from the group: its regions, and those that the texts mention or the prefix lists."""
+    for task in TASKS_USED:
+        table, number = small.groups_of(task)[1]
+        group = small.data.group(table, number)
+        total = len(group.images[0].regions)
+        mentioned = {ref.box for sample in group.samples for ref in mentions(sample)}
+        for listed in (True, False):
+            spec = replace(small.spec, style=small.spec.style._replace(list_objects=listed))
+            used = total if listed else len(mentioned)
+            for linking in ("add", "insert", "none"):
+                load = partial(small.data._image, group, table, number)
+                made = encode(group, small.tokenizer, replace(spec, linking=linking), load)
+                for layout in ("tree", "flat"):
+                    batch = lay(small, [made, made], layout=layout)
+                    reached = 0 if linking == "none" else used
+                    assert (batch.regions_used, batch.regions_unused) == (2 * reached, 2 * (total - reached)), task
+    blank = apply_control(batch, "blank")
+    assert (blank.regions_used, blank.regions_unused) == (0, 2 * total)
+
+
+@pytest.mark.P6
+def test_images_and_regions_that_do_not_match_raise_with_both_numbers(small: SmallRun) -> None:
+    """Negative controls of P6: a group that lost a picture, a list of boxes, a box, or gained one."""
+    group = groups(small)[1]
+    count, visual = len(group.boxes[0]), small.spec.vision.tokens
+    assert count > 1 and group.region_slots.max() == count - 1
+    broken = {
+        f"{visual} image slots for 0 visual tokens": {"pixel_values": [], "boxes": []},
+        "boxes of 0 images for 1 images": {"boxes": []},
+        f"region slot {count - 1} of {count - 1} regions": {"boxes": [group.boxes[0][:-1]]},
+        f"{count} boxes, its images have {count - 1} regions": {"regions_annotated": count - 1},
+    }
+    for message, change in broken.items():
+        with pytest.raises(ValueError, match=message):
+            lay(small, [replace(group, **change)])
+    lay(small, [group])
+
+
+@pytest.mark.P6
+def test_a_mention_without_a_slot_raises_with_both_numbers(small: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a tokenizer that yields nothing for the name of one region."""
+    table, number = small.groups_of("vcr_answer")[0]
+    group = small.data.group(table, number)
+    names = [piece.text.strip() for piece in render(group).prefix if piece.region >= 0]
+    usual = small.tokenizer.ids
+    monkeypatch.setattr(small.tokenizer, "ids", lambda text: [] if text.strip() == names[0] else usual(text))
+    message = f"{len(names)} regions mentioned, {len(names) - 1} have a region slot"
+    with pytest.raises(ValueError, match=message):
+        encode(group, small.tokenizer, small.spec, partial(small.data._image, group, table, number))
 
 
 def test_padding_is_no_part_of_the_row(small: SmallRun) -> None:

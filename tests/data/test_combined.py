@@ -1,14 +1,17 @@
-"""combined: records of several sources meet at their image, and captions follow their picture's split."""
+"""combined: records of several sources meet at their image, and what has no split follows its picture."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from eventlens_ds.data.records import Box, ImageRecord, Region
-from eventlens_ds.data.sources import SourceImage
+from eventlens_ds import cli
+from eventlens_ds.data.records import TASKS, Box, ImageRecord, Region
+from eventlens_ds.data.sources import SourceImage, rows, samples
 from eventlens_ds.data.sources import combined as combining
 from eventlens_ds.data.sources.combined import CombinedSource
 from eventlens_ds.errors import DataError, UserError
@@ -21,15 +24,20 @@ class Listed:
     name: str
     content: dict[str, list[str]]
     width: int = 64
+    tags: tuple[str, ...] = ()
+
+    @property
+    def follows(self) -> bool:
+        return self.name in ("captions", "vqa", "tags")
 
     def splits(self) -> tuple[str, ...]:
         return tuple(self.content)
 
     def images(self, split: str) -> Iterator[SourceImage]:
         for name in self.content[split]:
-            regions = () if self.name == "captions" else (Region("person", Box(0, 0, 9, 9)),)
-            image = ImageRecord(name, f"{name}.jpg", self.width, 64, regions, split=split)
-            yield SourceImage(image, Path(f"{name}.jpg"), ({"kind": self.name},))
+            regions = () if self.follows else (Region("person", Box(0, 0, 9, 9)),)
+            image = ImageRecord(name, f"{name}.jpg", self.width, 64, regions, split=split, tags=self.tags)
+            yield SourceImage(image, Path(f"{name}.jpg"), () if self.tags else ({"kind": self.name},))
 
 
 def merged(source: CombinedSource, split: str) -> dict[str, list[str]]:
@@ -66,10 +74,38 @@ def test_an_image_in_two_splits_keeps_its_caption_in_both() -> None:
     assert merged(source, "train") == merged(source, "val") == {"a": ["vcr", "captions"]}
 
 
+def test_rows_of_two_splits_that_meet_at_a_picture_are_all_kept() -> None:
+    asked = Listed("vqa", {"train": ["a"], "test": ["a"]})
+    assert merged(CombinedSource("x", [Listed("vcr", {"val": ["a"]}), asked]), "val") == {"a": ["vcr", "vqa", "vqa"]}
+
+
 def test_captions_alone_make_their_own_split() -> None:
     source = CombinedSource("x", [Listed("vcr", {"val": ["a"]}), Listed("captions", {"train": ["z"]})])
     assert source.splits() == ("val", "train")
     assert merged(source, "train") == {"z": ["captions"]}
+
+
+def test_every_follower_follows_and_tags_go_wherever_the_picture_is() -> None:
+    """POPE-like rows say "val", tags say "train"; the picture says where they belong, tags follow even a follower."""
+    vcr = Listed("vcr", {"train": ["a"], "val": ["c"]})
+    asked = Listed("vqa", {"val": ["a", "z"]})
+    tags = Listed("tags", {"train": ["a", "c", "z"]}, tags=("dog", "park"))
+    for order in ([vcr, asked, tags], [vcr, tags, asked]):
+        source = CombinedSource("x", order)
+        assert merged(source, "train") == {"a": ["vcr", "vqa"]}
+        assert merged(source, "val") == {"c": ["vcr"], "z": ["vqa"]}
+        found = [item.image.tags for split in ("train", "val") for item in source.images(split)]
+        assert found == [("dog", "park")] * 3
+    without = CombinedSource("x", [vcr, asked])
+    assert {item.image.tags for item in without.images("train")} == {()}
+
+
+def test_a_picture_that_only_tags_name_is_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    source = CombinedSource("x", [Listed("vcr", {"train": ["a"]}), Listed("tags", {"train": ["a", "q"]}, tags=("b",))])
+    assert merged(source, "train") == {"a": ["vcr"]}
+    assert "train: 1 images that only tags name are left out" in caplog.text
+    caplog.clear()
+    assert merged(CombinedSource("x", [Listed("vcr", {"train": ["a"]})]), "train") and not caplog.text
 
 
 def test_sources_that_describe_an_image_differently_are_refused() -> None:
@@ -82,10 +118,55 @@ def test_sources_that_describe_an_image_differently_are_refused() -> None:
 
 
 def test_names() -> None:
+    assert f"any of {', '.join(combining.NAMES)}" == cli.SOURCES
     with pytest.raises(UserError, match="vcrr: unknown"):
         combining.open_source("vcr,vcrr", ".")
     with pytest.raises(UserError, match="twice"):
         combining.open_source("vcr,vcr", ".")
+
+
+def test_tags_alone_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "tags.jsonl").write_text("")
+    with pytest.raises(UserError, match="tags are no samples"):
+        combining.open_source("tags", tmp_path)
+    (tmp_path / "captions.jsonl").write_text("")
+    assert combining.open_source("captions,tags", tmp_path).name == "captions+tags"
+
+
+def test_followers_in_company_read_a_picture_once(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[str] = Counter()
+
+    def counted(path: Path, img_fn: str, *more: Any) -> ImageRecord:
+        read[img_fn] += 1
+        return plain(path, img_fn, *more)
+
+    plain = rows.read_image
+    monkeypatch.setattr(rows, "read_image", counted)
+    root = shared / "data" / "photos"
+    source = combining.open_source("captions,vqa,rec", root)
+    together = {i.image for s in ("train", "val") for i in source.images(s)}
+    assert set(read.values()) == {1} and len(read) == 14
+    alone = combining.open_source("captions", root)
+    assert together == {i.image for s in ("train", "val") for i in alone.images(s)}
+    assert set(read.values()) == {2}, "control: by itself a source reads its pictures again"
+
+
+def test_photos_with_every_source(shared: Path) -> None:
+    """Every photograph is held out by VCR or VisualCOMET or in train, with all its rows and its tags."""
+    names = "vcr,visualcomet,captions,rec,vqa,vsr,tags"
+    source = combining.open_source(names, shared / "data" / "photos")
+    held, rest = list(source.images("val")), list(source.images("train"))
+    assert len(held) == 10 and len(rest) == 4 and all(item.image.tags for item in (*held, *rest))
+    kinds = Counter(record["kind"] for item in (*held, *rest) for record in item.records)
+    assert {k: kinds[k] for k in ("vcr", "event", "caption", "vqa", "vsr")} == {
+        "vcr": 24, "event": 15, "caption": 28, "vqa": 42, "vsr": 42,
+    }  # fmt: skip
+    said = [row for item in (*held, *rest) for r in item.records if r["kind"] == "expression" for row in r["rows"]]
+    assert len(said) == 46
+    found = [s for item in (*held, *rest) for r in item.records for s in samples(r, item.image)]
+    assert len({sample.id for sample in found}) == len(found)
+    assert {s.task for s in found} == set(TASKS) - {"pope"}
 
 
 def test_world_is_drawn_once_and_continued_after_a_kill(tmp_path: Path) -> None:
@@ -98,6 +179,11 @@ def test_world_is_drawn_once_and_continued_after_a_kill(tmp_path: Path) -> None:
     before = picture.stat().st_mtime_ns
     combining.draw_world(root, **arguments)
     assert picture.stat().st_mtime_ns == before
+    for path in (root / "regions" / "pope").iterdir():
+        path.unlink()
+    (root / "regions" / "pope").rmdir()
+    assert len(list(combining.draw_world(root, **arguments).images("train"))) == 3, "an older world is completed"
+    before = picture.stat().st_mtime_ns
     with pytest.raises(UserError, match="'seed': 1"):
         combining.draw_world(root, **{**arguments, "seed": 2})
     (root / combining.WORLD_MARK).rename(root / f".{combining.WORLD_MARK}")

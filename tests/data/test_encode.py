@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from eventlens_ds.data.prompts import render, text_of
 from eventlens_ds.data.records import TASKS, EncodedGroup, Group, RegionRef
 from eventlens_ds.data.transforms import Resized
 from eventlens_ds.errors import DataError
-from tests.small_world import SmallRun
+from tests.small_world import SmallRun, small_run
 
 LINKING = ("add", "insert", "none")
 
@@ -32,10 +33,16 @@ def segment_text(small: SmallRun, made: EncodedGroup, segment: int) -> str:
     return small.tokenizer.decode(made.input_ids[keep].tolist())
 
 
+@pytest.fixture(scope="module")
+def every_task(world_folder: Path) -> SmallRun:
+    return small_run(world_folder, tasks=TASKS)
+
+
 @pytest.mark.P4
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("linking", LINKING)
-def test_supervised_tokens_decode_to_the_answers(small: SmallRun, task: str, linking: str) -> None:
+def test_supervised_tokens_decode_to_the_answers(every_task: SmallRun, task: str, linking: str) -> None:
+    small = every_task
     _, number = small.groups_of(task)[0]
     group = small.data.group(0, number)
     made = encoded(small, group, replace(small.spec, linking=linking), number)

@@ -49,6 +49,16 @@ def test_batches_are_the_rows_of_the_plan_in_order(small: SmallRun, workers: int
     assert len(made) == 6 and all(same(a, b) for a, b in zip(made, expected))
 
 
+@pytest.mark.parametrize("control", ["blank", "permute_regions"])
+def test_a_control_is_applied_once_wherever_the_row_was_loaded(world_folder: Path, control: str) -> None:
+    run = small_run(world_folder, control=control)
+    members = run.groups_of("vcr_answer")[:2]
+    (made,) = rank_batches(RowDataset(run.data, [(members, 0)]), workers=1, prefetch=2)
+    assert same(made, run.batch(members)) and made.pixel_values.dtype == torch.float32
+    assert not same(made, run.data.raw_batch(members, 0))
+    assert bool(made.pixel_values.any()) == (control != "blank")
+
+
 def test_rank_rows_with_a_missing_one(small: SmallRun) -> None:
     plan = small.data.plan(seed=0, rows_per_step=3)
     rows = PlannedRows(plan, rank=1, world=2, first_step=0, last_step=2, seed=0)

@@ -74,8 +74,16 @@ def test_wording_of_every_task() -> None:
     assert stem_of(event("event"), SUBJECT) == "What is person2 doing? Answer:"
     caption = Sample("c", "test", "caption", ("key",), (), targets=(("a picture",),))
     assert stem_of(caption) == "Describe the picture. Answer:"
-    with pytest.raises(ValueError, match="no prompt for task 'rec'"):
-        stem_of(replace(caption, task="rec"))
+    for task, role, text, asked_as in (
+        ("rec", "expression", "the red car", "Can you locate the red car and let me know its coordinates? Answer:"),
+        ("reg", "box", "[0.100,0.200,0.300,0.400]", "Describe the region [0.100,0.200,0.300,0.400]. Answer:"),
+        ("vqa", "question", "what is it?", "what is it? Answer:"),
+        ("pope", "question", "Is there a dog?", "Is there a dog? Answer:"),
+        ("vsr", "statement", "A dog is left of a cat.", "A dog is left of a cat. Is this true? Answer:"),
+    ):
+        assert stem_of(Sample("r", "test", task, ("key",), ((role, (text,)),), targets=(("x",),))) == asked_as
+    with pytest.raises(ValueError, match="no prompt for task 'unheard'"):
+        stem_of(replace(caption, task="unheard"))
 
 
 def test_a_mentioned_region_is_used_however_many_there_are() -> None:

@@ -24,7 +24,7 @@ def run_folder(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("runs") / "two-steps"
     config = RunConfig(
         model=ModelConfig(attention="sdpa"),
-        data=DataConfig(train=(str(world_folder),), row_tokens=768, workers=0),
+        data=DataConfig(train=(str(world_folder),), row_tokens=768, workers=0, tasks=ModelConfig().adapters.tasks),
         train=TrainConfig(steps=2, rows_per_step=1, lr=1e-3, warmup=1, zero="zero0", threads=1),
         io=IOConfig(run=str(folder), tensorboard=False),
     )

@@ -142,6 +142,21 @@ def test_generation_continues_the_asked_events_alone(small: SmallRun, model: Any
     assert alone.rows != event_rows.generation_rows(model, data, found[1:2], ALONE, **options, seed=1).rows
 
 
+def test_a_run_that_never_saw_a_pixel_is_shown_none(small: SmallRun, model: Any) -> None:
+    for control in ("blank", "none"):
+        data, seen = event_data(small), []
+        data.config = replace(data.config, control=control)
+
+        def forward(batch: Any, calls: int, seen: list[Any] = seen, **options: Any) -> Any:
+            seen.append(bool(batch.pixel_values.any()) or bool((batch.region_slots >= 0).any()))
+            return model(batch, calls, **options)
+
+        found = event_rows.first_events(data, 2)
+        event_rows.ranking_rows(forward, data, found, ALONE)
+        event_rows.generation_rows(forward, data, found, ALONE, num_samples=1, max_new_tokens=3)
+        assert any(seen) == (control == "none") and seen
+
+
 def test_known_texts_mark_what_was_trained_on(small: SmallRun) -> None:
     style = PromptStyle()
     folder = small.config.data.train[0]

@@ -97,7 +97,8 @@ def test_table_is_plain_text_with_intervals_and_notes(tmp_path: Path) -> None:
     [
         ('{"id": 1}\n{"id": \n', r"vcr\.jsonl:2: not a JSON line"),
         ("[1]\n", r"vcr\.jsonl:1: expected an object, got list"),
-        ('{"id": "x", "task": "caption"}\n', r"vcr\.jsonl:1: row x: neither"),
+        ('{"id": "x", "task": "cption"}\n', r"vcr\.jsonl:1: row x: neither"),
+        ('{"id": "x", "task": "caption"}\n', r"vcr\.jsonl: x: key image is missing"),
         ('{"id": "x", "task": "vcr_answer"}\n', r"vcr\.jsonl: x: key annot_id is missing"),
     ],
 )

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from eventlens_ds.data.controls import apply_control
+from eventlens_ds.data import build
+from eventlens_ds.data.controls import apply_control, permutable
 from eventlens_ds.data.packing import sequential_rows
+from eventlens_ds.data.sources import combined
 from eventlens_ds.eval.score import Ranks, eval_data, score_choices, score_split, turns
 from eventlens_ds.model.objective import leaf_scores
+from tests.data.conftest import paint_vcr
 from tests.small_world import SmallRun
 
 ALONE = Ranks(0, 1, "cpu", 4)
@@ -125,6 +128,25 @@ def test_permute_changes_region_links_alone(small: SmallRun, model: Any) -> None
     assert not torch.equal(scores_of(model, batch), scores_of(model, permuted))
     unlinked = [replace(b, region_slots=torch.full_like(b.region_slots, -1)) for b in (batch, permuted)]
     assert torch.equal(*(scores_of(model, b) for b in unlinked))
+
+
+def test_questions_that_cannot_be_permuted_are_flagged(small: SmallRun, model: Any, tmp_path: Path) -> None:
+    """Pictures of one to four objects; by hand, those with one cannot be permuted, nor those whose boxes are equal."""
+    source = combined.open_source("vcr", paint_vcr(tmp_path / "raw", images=6, splits=("val",)))
+    build.build(source, tmp_path / "built")
+    data = eval_data(small.config, small.tokenizer, small.spec, str(tmp_path / "built"), "val")
+    rows = score_split(model, data, ALONE, "permute_regions").rows
+    number = {row["id"]: int(row["image"].partition("@")[2].partition(".")[0]) for row in rows}
+    assert {row["flags"]["permuted"] for row in rows} == {True, False}
+    assert all(row["flags"]["permuted"] == (number[row["id"]] % 4 > 0) for row in rows)
+    plain = score_split(model, data, ALONE).rows
+    assert all("permuted" not in row["flags"] for row in plain)
+    before = {row["id"]: row["scores"] for row in plain}
+    assert all(row["scores"] == before[row["id"]] for row in rows if not row["flags"]["permuted"])
+
+    batch = first_row(small)
+    assert permutable(batch) == [True]
+    assert permutable(replace(batch, boxes=batch.boxes[:1].expand(len(batch.boxes), 4))) == [False]
 
 
 def test_boxes_stay_with_their_image(small: SmallRun) -> None:

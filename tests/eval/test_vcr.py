@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eventlens_ds.errors import DataError
-from eventlens_ds.eval import vcr
+from eventlens_ds.eval import report, vcr
 
 
 def row(number: int, task: str, label: int | None, best: int, **more: Any) -> dict[str, Any]:
@@ -51,6 +51,21 @@ def test_three_numbers_by_hand() -> None:
     assert (result["seen"]["n"], result["seen"]["q2a"]) == (2, 0.5)
     assert result["intervals"]["q2a"]["images"] == 2
     assert result["intervals"]["q2a"]["wilson"] == pytest.approx([0.15, 0.85], abs=0.01)
+
+
+def test_which_person_is_reported_on_all_and_on_permuted_questions() -> None:
+    flags = lambda n, moved: {"flags": {"which_person": n < 3, "held_out": False, "permuted": moved}}  # noqa: E731
+    rows = pair(0, True, True, **flags(0, False)) + pair(1, False, True, **flags(1, True))
+    rows += pair(2, True, True, **flags(2, True)) + pair(3, True, True, **flags(3, True))
+    result = vcr.score(rows)
+    assert result["which_person"]["q2a"] == pytest.approx(2 / 3)  # as before, on all
+    assert (result["permuted_which_person"]["n"], result["permuted_which_person"]["q2a"]) == (2, 0.5)
+    assert (result["permuted"]["n"], result["permuted"]["q2a"]) == (3, pytest.approx(2 / 3))
+    assert result["not_permuted"] == {"count": 1, "first": ["val-0"]}
+    assert "not_permuted" not in vcr.score(pair(0, True, True))
+    shown = report.table({"vcr-permute_regions": {"vcr": result}})
+    assert "q2a permuted_which_person" in shown and "1 questions on images without two regions to permute" in shown
+    assert "permuted" not in report.table({"vcr": {"vcr": vcr.score(pair(0, True, True))}})
 
 
 def test_joint_is_per_question_not_a_product() -> None:

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from eventlens_ds.config.run_config import AdapterConfig
 from eventlens_ds.export import folder
+
+TASKS = f"--data.tasks=[{','.join(AdapterConfig().tasks)}]"
+"""Those with an adapter by default; the world holds more."""
 
 
 def train(data: Path, run: Path, *settings: str) -> Path:
     """Two optimizer steps of `eventlens train`; returns the run folder."""
     command = [sys.executable, "-m", "eventlens_ds", "train", f"--data.train=[{data}]", f"--io.run={run}"]
     command += ["--train.steps=2", "--train.rows_per_step=1", "--train.warmup=1", "--train.threads=1"]
-    command += ["--data.workers=0", "--io.tensorboard=false", "--train.zero=zero0", *settings]
+    command += ["--data.workers=0", "--io.tensorboard=false", "--train.zero=zero0", TASKS, *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return run

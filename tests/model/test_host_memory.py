@@ -88,7 +88,7 @@ def _job(folder: Path, whole: bool) -> None:
 
 def copies(folder: Path, whole: bool) -> float:
     """Peak host memory of all ranks, in copies of the weights."""
-    from eventlens_ds.runtime.distributed import spawn
+    from eventlens_ds.runtime.local_ranks import spawn
 
     assert spawn(RANKS, [str(folder), *(["whole"] if whole else [])], module="tests.model.test_host_memory") == 0
     ranks = [json.loads((folder / f"rank{rank}-{int(whole)}.json").read_text()) for rank in range(RANKS)]

@@ -147,7 +147,7 @@ def _job(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    from eventlens_ds.runtime.distributed import spawn
+    from eventlens_ds.runtime.local_ranks import spawn
     from tests.small_world import build_world
 
     folder = tmp_path_factory.mktemp("lora")

@@ -43,9 +43,9 @@ def test_published_presets_refuse_to_start_from_nothing(tokenizer: PieceTokenize
         assert "starts from published weights" in refusal(tokenizer, preset=name)
         assert model_config(ModelConfig(preset=name), tokenizer, from_scratch_is_fine=True)
         assert "model.language_path" in refusal(tokenizer, preset=name, vision_path=str(folders / "clip"))
-    for name in ("tiny", "base"):
+    for name in ("tiny", "small", "base"):
         assert preset(name, len(tokenizer)).from_scratch and model_config(ModelConfig(preset=name), tokenizer)
-    assert "known presets are tiny, base" in refusal(tokenizer, preset="huge")
+    assert "known presets are tiny, small, base" in refusal(tokenizer, preset="huge")
 
 
 def test_a_folder_brings_its_own_sizes(tokenizer: PieceTokenizer, folders: Path) -> None:

@@ -191,7 +191,7 @@ def _all_cases(folder: Path) -> None:
 
 def on_two_ranks(folder: Path, cases: dict[str, Any]) -> list[dict[str, Any]]:
     """What each of two ZeRO-3 ranks holds after loading the cases."""
-    from eventlens_ds.runtime.distributed import spawn
+    from eventlens_ds.runtime.local_ranks import spawn
 
     (folder / "cases.json").write_text(json.dumps(cases))
     assert spawn(2, [str(folder)], module="tests.model.tiny_folders") == 0

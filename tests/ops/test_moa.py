@@ -1,17 +1,20 @@
-"""The mixture of adapters against a literal double loop over tokens and adapters.
+"""The mixture of adapters on a CPU against a literal double loop over tokens and adapters.
 
-Every kind of gate, gradients in float64, ties of the router, mixed rows against pure rows (P7), adapters that
-overflow, and segments. Negative controls show that the comparisons see a wrong task or a tie broken otherwise.
+Every kind of gate on every path of the plain torch and compiled backends, gradients in float64, ties of the router,
+mixed rows against pure rows (P7), adapters that overflow, segments, and the choice of a path. Negative controls show
+that the comparisons see a wrong task or a tie broken otherwise.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
 import torch
 
 from eventlens_ds.errors import UserError
+from eventlens_ds.ops import extension
 from eventlens_ds.ops.moa import (
     AdapterStack,
     Gates,
@@ -21,115 +24,106 @@ from eventlens_ds.ops.moa import (
     TopKRouter,
     load_balance_loss,
     moa,
+    paths,
     reference,
 )
+from tests.ops import moa_loop
+from tests.ops.moa_loop import KINDS, draw, run, worst
 
 TOKENS, ADAPTERS, RANK, WIDTH = 9, 4, 3, 5
-KINDS = ("vectors", "one_hot", "top1", "top2", "top2_leaky", "top4", "soft")
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+SIZES = ((9, 4, 3, 5), (1, 4, 5, 37), (23, 1, 5, 7), (0, 3, 2, 5), (40, 6, 2, 3))
+PATHS = ("dense", "sparse", "segments")
 
 
 def make_stack(dtype: torch.dtype = torch.float64) -> AdapterStack:
-    shapes = ((ADAPTERS, RANK, WIDTH), (ADAPTERS, RANK), (ADAPTERS, WIDTH, RANK), (ADAPTERS, WIDTH), (ADAPTERS,))
-    return AdapterStack(*(draw(*shape, seed=i + 1, dtype=dtype) for i, shape in enumerate(shapes)))
+    return moa_loop.make_stack(ADAPTERS, RANK, WIDTH, dtype)
 
 
 def make_gates(kind: str, dtype: torch.dtype = torch.float64) -> Gates:
-    tasks = torch.arange(TOKENS) % ADAPTERS
-    logits = draw(TOKENS, ADAPTERS, seed=11, dtype=dtype)
-    if kind == "vectors":
-        return TaskVectors(draw(3, ADAPTERS, WIDTH, seed=12, dtype=dtype), tasks % 3)
-    if kind == "one_hot":
-        return TaskOneHot(torch.where(torch.arange(TOKENS) == 4, -1, tasks))
-    if kind == "soft":
-        return SoftMixture(logits)
-    return TopKRouter(logits, k=int(kind[3]), renormalise=kind != "top2_leaky")
+    return moa_loop.make_gates(kind, TOKENS, ADAPTERS, WIDTH, dtype)
 
 
-def loop_gate(gates: Gates, token: int, adapter: int) -> torch.Tensor | float:
-    if isinstance(gates, TaskVectors):
-        return gates.vectors[gates.task_ids[token], adapter]
-    if isinstance(gates, TaskOneHot):
-        return float(gates.task_ids[token] == adapter)
-    logits = [float(value) for value in gates.logits[token]]
-    if isinstance(gates, SoftMixture):
-        chosen = list(range(len(logits)))
-    else:
-        chosen = sorted(range(len(logits)), key=lambda e: (-logits[e], e))[: gates.k]
-    if adapter not in chosen:
-        return 0.0
-    pool = range(len(logits)) if isinstance(gates, TopKRouter) and not gates.renormalise else chosen
-    exp = torch.tensor(logits, dtype=torch.float64).exp()
-    return exp[adapter] / exp[list(pool)].sum()
+def make_segments(tokens: int) -> torch.Tensor:
+    """Five segments, of which the second and the last but one are empty."""
+    return torch.tensor([0, tokens // 3, tokens // 3, tokens // 2, tokens // 2, tokens])
 
 
-def loop(x: torch.Tensor, residual: torch.Tensor, stack: AdapterStack, gates: Gates, act=torch.relu) -> torch.Tensor:
-    out = residual.clone()
-    for t in range(len(x)):
-        for e in range(len(stack.scale)):
-            hidden = act(stack.down[e] @ x[t] + stack.down_bias[e])
-            out[t] += stack.scale[e] * loop_gate(gates, t, e) * (stack.up[e] @ hidden + stack.up_bias[e])
-    return out
-
-
-@pytest.mark.parametrize("columns", [512, 7, 1])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_double_loop(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when the adapters do not fit one product and run in blocks."""
+def test_equals_the_double_loop(kind: str, sizes: tuple[int, int, int, int], path: str) -> None:
+    """Output and every gradient, 1e-12 in float64 and 1e-5 in float32; T = 0 and 1, E = 1, k = E, odd sizes."""
+    segments = make_segments(sizes[0]) if path == "segments" else None
+    expected = run(kind, sizes, segments=segments, spelled_out=True)
+    got = run(kind, sizes, segments=segments, backend="reference", path=path)
+    assert worst(got, expected) < 1e-12
+    single = run(kind, sizes, torch.float32, segments, backend="reference", path=path)
+    assert worst(single, run(kind, sizes, torch.float32, segments, spelled_out=True)) < 1e-5
+
+
+@pytest.mark.skipif(bool(extension.obstacle("cpu")), reason=extension.obstacle("cpu") or "built")
+@pytest.mark.parametrize("path", ["sparse", "segments"])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_routing_equals_the_double_loop(kind: str, sizes: tuple[int, int, int, int], path: str) -> None:
+    segments = make_segments(sizes[0]) if path == "segments" else None
+    got = run(kind, sizes, torch.float32, segments, backend="csrc", path=path)
+    assert worst(got, run(kind, sizes, torch.float32, segments, spelled_out=True)) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("activation", moa_loop.ACTIVATIONS)
+def test_activations(activation: str, path: str) -> None:
+    for kind in ("one_hot", "top2"):
+        expected = run(kind, SIZES[0], activation=activation, spelled_out=True)
+        assert worst(run(kind, SIZES[0], activation=activation, path=path), expected) < 1e-12
+
+
+@pytest.mark.parametrize("columns", [7, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_in_blocks_of_adapters(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference runs adapters in blocks when they do not fit one product."""
+    expected = run(kind, SIZES[0], spelled_out=True)
     monkeypatch.setattr(reference, "DENSE_COLUMNS", columns)
-    x, residual, stack, gates = (
-        draw(TOKENS, WIDTH, seed=20),
-        draw(TOKENS, WIDTH, seed=21),
-        make_stack(),
-        make_gates(kind),
-    )
-    assert (moa(x, residual, stack, gates) - loop(x, residual, stack, gates)).abs().max() < 1e-12
-    for name, act in (
-        ("gelu", torch.nn.functional.gelu),
-        ("silu", torch.nn.functional.silu),
-        ("identity", lambda h: h),
-    ):
-        got = moa(x, residual, stack, gates, activation=name)
-        assert (got - loop(x, residual, stack, gates, act)).abs().max() < 1e-12
+    assert worst(run(kind, SIZES[0], path="dense"), expected) < 1e-12
 
 
+@pytest.mark.parametrize("path", ["dense", "sparse"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind: str) -> None:
+def test_gradcheck(kind: str, path: str) -> None:
+    """Finite differences, independent of the loop's autograd; without ties, where routing is not differentiable."""
     gates = make_gates(kind)
-    inputs = [draw(TOKENS, WIDTH, seed=20), draw(TOKENS, WIDTH, seed=21), *make_stack()]
-    if isinstance(gates, TaskVectors):
-        inputs.append(gates.vectors)
-    elif not isinstance(gates, TaskOneHot):
-        inputs.append(gates.logits)
+    if not isinstance(gates, TaskVectors | TaskOneHot):
+        gates = replace(gates, logits=draw(TOKENS, ADAPTERS, seed=11))
+    inputs = moa_loop.leaves_of(draw(TOKENS, WIDTH, seed=20), draw(TOKENS, WIDTH, seed=21), make_stack(), gates)
 
-    def run(x: torch.Tensor, residual: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    def call(x: torch.Tensor, residual: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         routed: Gates = gates
         if isinstance(gates, TaskVectors):
             routed = replace(gates, vectors=rest[5])
         elif not isinstance(gates, TaskOneHot):
             routed = replace(gates, logits=rest[5])
-        return moa(x, residual, AdapterStack(*rest[:5]), routed, activation="silu")
+        return moa(x, residual, AdapterStack(*rest[:5]), routed, activation="silu", path=path)
 
-    assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in inputs])
+    fast = path == "sparse"
+    assert torch.autograd.gradcheck(call, [t.requires_grad_() for t in inputs], fast_mode=fast)
 
 
 @pytest.mark.P7
+@pytest.mark.parametrize("path", ["dense", "sparse"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_mixed_row_equals_pure_rows(kind: str) -> None:
+def test_mixed_row_equals_pure_rows(kind: str, path: str) -> None:
     """A row of several tasks gives each token what a row of its task alone gives it, forward and backward."""
     x, stack, gates = draw(TOKENS, WIDTH, seed=20), make_stack(), make_gates(kind)
     stack = AdapterStack(*(t.requires_grad_() for t in stack))
-    whole = moa(x, x, stack, gates)
+    whole = moa(x, x, stack, gates, path=path)
     parts, index = [], []
     for rows in (torch.arange(TOKENS)[i::3] for i in range(3)):
         if isinstance(gates, TaskVectors | TaskOneHot):
             part: Gates = replace(gates, task_ids=gates.task_ids[rows])
         else:
             part = replace(gates, logits=gates.logits[rows])
-        parts.append(moa(x[rows], x[rows], stack, part))
+        parts.append(moa(x[rows], x[rows], stack, part, path=path))
         index.append(rows)
     pure = torch.cat(parts)[torch.cat(index).argsort()]
     assert (whole - pure).abs().max() < 1e-13
@@ -182,20 +176,38 @@ def test_renormalised_router_gives_no_gradient_to_the_rest() -> None:
 
 
 @pytest.mark.P5
+@pytest.mark.parametrize("path", ["dense", "sparse"])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
-def test_overflow_of_an_unused_adapter_is_selected_out(activation: str) -> None:
+def test_overflow_of_an_unused_adapter_is_selected_out(activation: str, path: str) -> None:
     """An adapter that is not used may be infinite: values and gradients of the others stay finite and unchanged."""
     x, stack = draw(TOKENS, WIDTH, seed=20), make_stack()
     broken = AdapterStack(*(t.clone() for t in stack))
     broken.down_bias[3] = float("inf")
+    if path == "sparse":
+        for weight in broken[:4]:
+            weight[3] = float("inf")
     gates = TaskOneHot(torch.arange(TOKENS) % 3)
     results = []
     for weights in (stack, broken):
         leaves = [t.detach().requires_grad_() for t in weights]
-        out = moa(x, x, AdapterStack(*leaves), gates, activation=activation)
+        out = moa(x, x, AdapterStack(*leaves), gates, activation=activation, path=path)
         results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
     for clean, other in zip(*results):
         assert torch.equal(clean, other)
+
+
+@pytest.mark.P7
+def test_infinite_padding_reaches_nobody() -> None:
+    """A token without an adapter may be infinite on path sparse; on path dense it spoils gradients, as documented."""
+    x, leaves = draw(TOKENS, WIDTH, seed=20), [t.requires_grad_() for t in make_stack()]
+    x[4] = float("inf")
+    gates = TaskOneHot(torch.where(torch.arange(TOKENS) == 4, -1, 1))
+    finite = {}
+    for path in ("sparse", "dense"):
+        out = moa(x, torch.zeros_like(x), AdapterStack(*leaves), gates, path=path)
+        gradients = torch.autograd.grad(out.sum(), leaves)
+        finite[path] = bool(out.isfinite().all() and all(g.isfinite().all() for g in gradients))
+    assert finite == {"sparse": True, "dense": False}
 
 
 @pytest.mark.P5
@@ -215,20 +227,6 @@ def test_every_parameter_takes_part(kind: str) -> None:
         assert all(torch.isfinite(g).all() for g in grads)
         if kind == "one_hot":
             assert not any(g[1:].any() for g in grads)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_segments_share_a_gate(kind: str) -> None:
-    gates = make_gates(kind)
-    lengths = torch.tensor([3, 0, 1, 2, 5, 0, 1, 1, 2])
-    segments = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    rows = torch.arange(TOKENS).repeat_interleave(lengths)
-    x, stack = draw(int(lengths.sum()), WIDTH, seed=20), make_stack()
-    if isinstance(gates, TaskVectors | TaskOneHot):
-        per_token: Gates = replace(gates, task_ids=gates.task_ids[rows])
-    else:
-        per_token = replace(gates, logits=gates.logits[rows])
-    assert torch.equal(moa(x, x, stack, gates, segments), moa(x, x, stack, per_token))
 
 
 def test_shapes_and_dtypes() -> None:
@@ -251,19 +249,6 @@ def test_under_autocast(kind: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = moa(x, x, stack, gates)
     assert got.dtype == torch.float32 and (got - exact).abs().max() < 0.05 * exact.abs().max()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", KINDS)
-def test_cuda_equals_cpu(kind: str) -> None:
-    def cuda(value: object) -> object:
-        return value.cuda() if isinstance(value, torch.Tensor) else value
-
-    x, stack, gates = draw(TOKENS, WIDTH, seed=20), make_stack(), make_gates(kind)
-    moved = replace(gates, **{name: cuda(value) for name, value in vars(gates).items()})
-    got = moa(x.cuda(), x.cuda(), AdapterStack(*(t.cuda() for t in stack)), moved)
-    assert (got.cpu() - moa(x, x, stack, gates)).abs().max() < 1e-12
 
 
 def test_load_balance_loss() -> None:
@@ -301,7 +286,73 @@ def test_clear_errors() -> None:
         moa(x, x, stack, SoftMixture(draw(TOKENS, 3)))
     with pytest.raises(UserError, match="vectors are"):
         moa(x, x, stack, TaskVectors(draw(2, 3, WIDTH), one_hot.task_ids))
-    with pytest.raises(UserError, match="do not fit 9 tokens"):
-        moa(x, x, stack, one_hot, torch.tensor([0, 4, 8]))
-    with pytest.raises(UserError, match="backends: reference"):
-        moa(x, x, stack, one_hot, backend="triton")
+    with pytest.raises(UserError, match="'cutlass' on cpu: no such backend"):
+        moa(x, x, stack, one_hot, backend="cutlass")
+    with pytest.raises(UserError, match="paths: dense, sparse, segments"):
+        moa(x, x, stack, one_hot, path="diagonal")
+    with pytest.raises(UserError, match="needs segments"):
+        moa(x, x, stack, one_hot, path="segments")
+    with pytest.raises(UserError, match="residual is on meta"):
+        moa(x, x.to("meta"), stack, one_hot)
+    with pytest.raises(UserError, match="the gate is on meta but x is on cpu"):
+        moa(x, x, stack, TaskOneHot(one_hot.task_ids.to("meta")))
+    with pytest.raises(UserError, match="x is torch.int64"):
+        moa(x.long(), x, stack, one_hot)
+    with pytest.raises(UserError, match="down is torch.int64"):
+        moa(x, x, stack._replace(down=stack.down.long()), one_hot)
+
+
+def test_segments_that_do_not_fit() -> None:
+    x, stack = draw(TOKENS, WIDTH), make_stack()
+    two = TaskOneHot(torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(UserError, match="from 0 to 8 do not tile 9 tokens"):
+        moa(x, x, stack, two, torch.tensor([0, 4, 8]))
+    with pytest.raises(UserError, match="do not tile 9 tokens in order"):
+        moa(x, x, stack, TaskOneHot(torch.zeros(3, dtype=torch.int64)), torch.tensor([0, 6, 4, 9]))
+    with pytest.raises(UserError, match="\\[2\\] task ids for 3 segments"):
+        moa(x, x, stack, two, torch.tensor([0, 4, 8, 9]))
+
+
+def test_limits_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for by name, a size over a limit is refused with both numbers before any launch."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    sizes = paths.Sizes("cpu", "float32", 4, 64, 2, None)
+    for changed, path, message in (
+        ({"adapters": 64, "rank": 65}, "dense", "4160 on path dense, which takes up to 4096"),
+        ({"adapters": 65}, "sparse", "65 adapters, kernels take up to 64"),
+        ({"segments": 600}, "segments", "1200 groups of rows, path segments takes up to 1024"),
+        ({"adapters": 40, "used": 30}, "sparse", "1200 groups of rows, path sparse takes up to 1024"),
+        ({"dtype": "float64"}, None, "float64, kernels take float32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            paths.choose(sizes._replace(**changed), "triton", path)
+    with pytest.raises(UserError, match="csrc has no path dense|csrc on cpu|'csrc' on cpu"):
+        paths.choose(sizes, "csrc", "dense")
+
+
+def test_choice_of_a_path(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What suits the sizes, with the reason in the log once; a GPU's choices are made here without one."""
+    monkeypatch.setattr(paths, "choose_backend", lambda op, device, name=None: name or "triton")
+    paths._choose.cache_clear()
+    small = paths.Sizes("cuda", "bfloat16", 4, 64, 2, None)
+    expected = (
+        (small, "dense", "E * r = 256 <= 512"),
+        (small._replace(adapters=16), "sparse", "E * r = 1024 > 512"),
+        (small._replace(adapters=16, used=16), "dense", "every token uses all 16 adapters"),
+        (small._replace(used=1, segments=9), "segments", "9 segments with one adapter each"),
+        (small._replace(adapters=16, segments=9), "segments", "E * r = 1024 > 512"),
+        (small._replace(adapters=16, segments=900), "sparse", "E * r = 1024 > 512"),
+    )
+    with caplog.at_level(logging.INFO, logger=paths.__name__):
+        for sizes, path, _ in expected * 2:
+            assert paths.choose(sizes, None, None) == ("triton", path)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"moa takes path {path} on cuda with triton: {reason}" for _, path, reason in expected
+    ]
+    assert paths.choose(small._replace(dtype="float64"), None, None) == ("reference", "dense")
+    monkeypatch.setattr(paths, "choose_backend", lambda op, device, name=None: name or "reference")
+    host = small._replace(device="cpu", dtype="float32")
+    assert paths.choose(host, None, None) == ("reference", "dense")
+    assert paths.choose(host._replace(used=1), None, None) == ("reference", "sparse")
+    assert paths.choose(host._replace(used=1, segments=3), None, None) == ("reference", "segments")
+    paths._choose.cache_clear()

@@ -58,3 +58,11 @@ def test_commit_and_diff(tmp_path, monkeypatch):
     (tmp_path / "eventlens_ds" / "__init__.py").write_text("changed = 1\n")
     dirty = capsule.code()
     assert dirty["commit"] == clean["commit"] and len(dirty["diff_sha256"]) == 64
+
+
+def test_update_replaces_one_entry(tmp_path):
+    before = capsule.write(tmp_path, data={"a": "1"}, ops={})
+    capsule.update(tmp_path, ops={"roi_align on cpu": "reference"})
+    after = json.loads((tmp_path / "capsule.json").read_text())
+    assert after.pop("ops") == {"roi_align on cpu": "reference"}
+    assert after == {name: value for name, value in before.items() if name != "ops"}

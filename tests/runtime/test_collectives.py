@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from eventlens_ds.runtime.collectives import CollectiveMismatch, Recorder
-from eventlens_ds.runtime.distributed import spawn, start, stop
+from eventlens_ds.runtime.distributed import start, stop
+from eventlens_ds.runtime.local_ranks import spawn
 
 
 def build_engine(stage: int):

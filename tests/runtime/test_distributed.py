@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from eventlens_ds.errors import DataError, UserError
-from eventlens_ds.runtime import distributed
+from eventlens_ds.runtime import distributed, local_ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 SRUN = {
@@ -66,6 +66,11 @@ def test_a_missing_launcher_variable_is_named(name):
 def test_a_broken_launcher_variable_is_named():
     with pytest.raises(UserError, match="LOCAL_RANK is not a number: 'x'"):
         distributed.rendezvous({**TORCHRUN, "LOCAL_RANK": "x"})
+
+
+def test_a_port_that_is_none_is_named():
+    with pytest.raises(UserError, match="MASTER_PORT is not a port: 99999"):
+        distributed.rendezvous({**TORCHRUN, "MASTER_PORT": "99999"})
 
 
 def test_srun_step():
@@ -122,7 +127,7 @@ def job_agree(folder: Path) -> dict:
 def spawn_job(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int = 2) -> int:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    return distributed.spawn(ranks, [name, str(folder)], module="test_distributed")
+    return local_ranks.spawn(ranks, [name, str(folder)], module="test_distributed")
 
 
 @pytest.mark.P11
@@ -149,6 +154,29 @@ def test_port_in_use_is_named(tmp_path, monkeypatch):
         code = "from eventlens_ds.runtime.distributed import start; start(1, 1)"
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert f"UserError: port {port} is in use on 127.0.0.1: set MASTER_PORT" in done.stderr
+
+
+def test_an_address_that_does_not_resolve_is_named(monkeypatch):
+    monkeypatch.setattr(distributed, "_RESOLVE_WAITS", (0.0,))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "no-such-node.invalid")
+    with pytest.raises(UserError, match=r"^MASTER_ADDR no-such-node\.invalid cannot be resolved: "):
+        distributed.start(1, 60.0)
+
+
+def test_an_address_may_resolve_at_the_second_attempt(monkeypatch):
+    asked = []
+
+    def resolve(host, port):
+        asked.append(host)
+        if len(asked) == 1:
+            raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(distributed, "_RESOLVE_WAITS", (0.0,))
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", resolve)
+    distributed._check_address("gpu003")
+    assert asked == ["gpu003", "gpu003"]
 
 
 def job_die(folder: Path) -> dict:
@@ -204,7 +232,7 @@ def test_first_failure_is_the_exit_code_and_the_siblings_go(tmp_path, monkeypatc
 
 LAUNCH = """
 import sys
-from eventlens_ds.runtime.distributed import spawn
+from eventlens_ds.runtime.local_ranks import spawn
 sys.exit(spawn(2, sys.argv[1:], "test_distributed"))
 """
 
@@ -221,7 +249,7 @@ def test_signals_reach_the_ranks(tmp_path, monkeypatch):
     process.send_signal(signal.SIGUSR1)
     wait_for(*(tmp_path / f"signal-{rank}-{int(signal.SIGUSR1)}" for rank in (0, 1)))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == distributed.PREEMPTED
+    assert process.wait(timeout=30) == local_ranks.PREEMPTED
     assert all((tmp_path / f"signal-{rank}-{int(signal.SIGTERM)}").exists() for rank in (0, 1))
 
 
@@ -239,7 +267,7 @@ def test_ranks_die_with_the_launcher(tmp_path, monkeypatch):
 
 def test_no_ranks():
     with pytest.raises(UserError, match="--ranks must be at least 1, not 0"):
-        distributed.spawn(0, [])
+        local_ranks.spawn(0, [])
 
 
 if __name__ == "__main__":

@@ -23,13 +23,18 @@ STEP = m.StepMetrics(
     lr=1e-3,
     tokens_per_s=1234.5,
     supervised_tokens=321,
+    regions_used=7,
+    regions_unused=2,
     step_time=0.25,
     data_wait=0.005,
     mfu=None,
     memory=3 * 2**30,
     sample_hash="00ff",
 )
-KEYS = "step loss task_loss grad_norm lr tokens_per_s supervised_tokens step_time data_wait mfu memory sample_hash"
+KEYS = (
+    "step loss task_loss grad_norm lr tokens_per_s supervised_tokens regions_used regions_unused step_time data_wait "
+    "mfu memory sample_hash"
+)
 
 
 def at(step: int, **changes: float) -> m.StepMetrics:
@@ -118,7 +123,7 @@ def test_a_killed_process_keeps_its_lines(tmp_path: Path) -> None:
             "import os, signal, sys",
             "from eventlens_ds.train.metrics import RunLog, StepMetrics",
             "log = RunLog(sys.argv[1], first_step=1)",
-            "for i in range(1, 4): log.append(StepMetrics(i, 1., {}, 1., 1., 1., 1, 1., 0., None, 1, ''))",
+            "for i in range(1, 4): log.append(StepMetrics(i, 1., {}, 1., 1., 1., 1, 1, 0, 1., 0., None, 1, ''))",
             "os.kill(os.getpid(), signal.SIGKILL)",
         ]
     )
@@ -135,7 +140,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)",
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))",
             "log = RunLog(sys.argv[1], first_step=1)",
-            "log.append(StepMetrics(1, 1., {}, 1., 1., 1., 1, 1., 0., None, 1, ''))",
+            "log.append(StepMetrics(1, 1., {}, 1., 1., 1., 1, 1, 0, 1., 0., None, 1, ''))",
         ]
     )
     done = subprocess.run(

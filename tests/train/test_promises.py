@@ -132,7 +132,7 @@ def frozen_run(folder: Path) -> SmallRun:
 def job_frozen(run: SmallRun, world: Any, folder: Path) -> dict[str, Any]:
     from eventlens_ds.train.audit import Audit
 
-    every_task = replace(run.config, data=replace(run.config.data, tasks=()))
+    every_task = replace(run.config, data=replace(run.config.data, tasks=run.config.model.adapters.tasks))
     trainable = small_engine(replace(run, config=every_task), world, folder)
     module = trainable.engine.module
     before, audit = whole(module), Audit(module)
@@ -172,7 +172,7 @@ def job_guards_off(run: SmallRun, world: Any, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def outs(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    from eventlens_ds.runtime.distributed import spawn
+    from eventlens_ds.runtime.local_ranks import spawn
 
     folder = tmp_path_factory.mktemp("promises")
     (folder / "case.json").write_text(json.dumps(str(world_folder)))

@@ -20,10 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from eventlens_ds.config.run_config import AdapterConfig
 from eventlens_ds.data import loader
 from eventlens_ds.data.loader import PlannedRows, RowDataset, rank_batches
 from eventlens_ds.runtime import checkpoint
 from eventlens_ds.runtime.distributed import free_port
+from eventlens_ds.train import outcome
 from tests.small_world import SmallRun
 
 STEPS = 8
@@ -34,6 +36,7 @@ LAUNCH = ["-m", "eventlens_ds", "train", "--ranks", "2"]
 def settings(world: Path, run: Path, *more: str) -> list[str]:
     made = {
         "data.train": f"[{world}]",
+        "data.tasks": f"[{','.join(AdapterConfig().tasks)}]",
         "data.row_tokens": 512,
         "data.workers": 1,
         "model.dropout": 0.1,
@@ -55,9 +58,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **more}
 
 
-def call(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+def call(command: list[str], seconds: float = 180, **more: str) -> subprocess.CompletedProcess[str]:
     done = [sys.executable, *command]
-    return subprocess.run(done, capture_output=True, text=True, timeout=180, env=environment(**more))
+    return subprocess.run(done, capture_output=True, text=True, timeout=seconds, env=environment(**more))
 
 
 def losses(run: Path) -> dict[int, str]:
@@ -104,11 +107,15 @@ def test_killed_and_resumed_is_bit_identical(straight: Path, world_folder: Path,
     run = tmp_path / "run"
     command = [*LAUNCH, *settings(world_folder, run)]
     kill_after_first_checkpoint(command, run)
-    assert not (run / "outcome.json").exists() and max(losses(run)) < STEPS, "the kill came too late to test anything"
+    assert outcome.read(run)["state"] == "running", "the kill came too late to test anything"
+    assert max(losses(run)) < STEPS
     done = call(command)
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout and "at step 3" in done.stdout
     assert losses(run) == losses(straight)
+    ended = outcome.read(run)
+    assert (ended["state"], ended["code"], ended["attempt"], ended["step"]) == ("finished", 0, 2, STEPS)
+    assert ended["earlier"] == [{"attempt": 1, "state": "running", "code": None}]
     one, two = tensors(straight), tensors(run)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -200,11 +207,15 @@ def test_a_run_refuses_what_is_not_its_own(
     run = tmp_path / "run"
     shutil.copytree(straight, run)
     done = call([*LAUNCH, *settings(world_folder, run, change)])
-    lines = {line for line in done.stderr.splitlines() if "error" in line.lower()}
+    lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert done.returncode == 3 and len(lines) == 1, done.stderr
-    line = lines.pop()
+    line = lines[0]
     assert line.startswith("eventlens: error: ") and all(word in line for word in words), line
     assert losses(run) == losses(straight), "a refused start must not touch the run"
+    ended = outcome.read(run)
+    assert (ended["state"], ended["code"], ended["attempt"]) == ("failed", 3, 2)
+    assert ended["earlier"] == [{"attempt": 1, "state": "finished", "code": 0}]
+    assert f"eventlens: error: {ended['reason']}" == line
 
 
 def by_hand(world: Path, runs: list[list[str]], slurm: bool = False) -> list[tuple[int, str]]:
@@ -227,10 +238,9 @@ def by_hand(world: Path, runs: list[list[str]], slurm: bool = False) -> list[tup
 
 def test_ranks_with_different_configurations_stop_with_one_line(world_folder: Path, tmp_path: Path) -> None:
     runs = [settings(world_folder, tmp_path / "run", f"--train.lr={lr}") for lr in ("0.001", "0.002")]
-    for code, text in by_hand(world_folder, runs):
-        lines = [line for line in text.splitlines() if line.startswith("eventlens: error: ")]
-        assert code == 3 and len(lines) == 1, text
-        assert "the configuration is not the same on all ranks: rank(s) 1 differ from rank 0" in lines[0]
+    (code, text), (other, silence) = by_hand(world_folder, runs)
+    assert code == other == 3 and silence == "", silence
+    assert text == "eventlens: error: the configuration is not the same on all ranks: rank(s) 1 differ from rank 0\n"
 
 
 @pytest.mark.slow

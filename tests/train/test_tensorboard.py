@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from eventlens_ds.train import tensorboard as tb
 from eventlens_ds.train.metrics import StepMetrics
 
-STEP = StepMetrics(1, 2.5, {"event": 2.0, "vcr_answer": 1.5}, 0.5, 1e-3, 1234.0, 321, 0.25, 0.005, None, 2**30, "ff")
+LOSSES = {"event": 2.0, "vcr_answer": 1.5}
+STEP = StepMetrics(1, 2.5, LOSSES, 0.5, 1e-3, 1234.0, 321, 7, 2, 0.25, 0.005, None, 2**30, "ff")
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -54,6 +55,8 @@ def test_scalars_by_namespace(tmp_path: Path) -> None:
         "perf/mfu",
         "data/wait",
         "data/supervised_tokens",
+        "data/regions_used",
+        "data/regions_unused",
         "eval/q2a",
         "eval/which_person/q2a",
     }

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from eventlens_ds.data.records import ImageRecord, Sample
 
 Record = dict[str, Any]
-"""A canonical JSON record; `kind` names the reader that expands it (vcr | event | caption)."""
+"""A canonical JSON record; `kind` names the reader that expands it (see `samples`)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Source(Protocol):
     """What `data build` needs of a source."""
 
     name: str
+    follows: bool
+    """Its rows say nothing about splits: in company they take the split of their picture."""
 
     def splits(self) -> tuple[str, ...]:
         """Splits present on disk."""
@@ -43,11 +45,15 @@ class Source(Protocol):
 
 def samples(record: Mapping[str, Any], image: ImageRecord) -> tuple[Sample, ...]:
     """Expand a stored record into the samples it holds, always in the same order."""
-    from eventlens_ds.data.sources import captions, vcr, visualcomet
+    from eventlens_ds.data.sources import captions, expressions, pope, questions, statements, vcr, visualcomet
 
     readers: dict[str, Callable[[Mapping[str, Any], ImageRecord], tuple[Sample, ...]]] = {
         "vcr": vcr.samples,
         "event": visualcomet.samples,
         "caption": captions.samples,
+        "expression": expressions.samples,
+        "vqa": questions.samples,
+        "vsr": statements.samples,
+        "pope": pope.samples,
     }
     return readers[record["kind"]](record, image)

@@ -45,6 +45,7 @@ class VcrSource:
     """VCR on disk. Raises UserError when `root` holds no annotation file or no image folder."""
 
     name = "vcr"
+    follows = False
 
     def __init__(self, root: str | Path, splits: Sequence[str] = SPLITS) -> None:
         self.root = existing_root(root)
@@ -261,6 +262,9 @@ def _needs_blank(text: str, word: str, rest: Sequence[str]) -> bool:
     if not text:
         return False
     tail, head = text[-1], word[0]
+    if (tail.isalnum() or tail == _REF) and (head.isalnum() or head == _REF):
+        # Word after word, which is nearly always; nothing below applies but this.
+        return word != "n't"
     if head in ".,!?;:)]}%" or word == "n't" or tail in "([{$#":
         return False
     if head == "'":

@@ -69,6 +69,7 @@ class VisualCometSource:
     """
 
     name = "visualcomet"
+    follows = False
 
     def __init__(
         self,

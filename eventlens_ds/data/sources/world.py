@@ -1,8 +1,8 @@
-"""The embedded world on disk: a data set in the formats of VCR, VisualCOMET and captions, made from a seed.
+"""The embedded world on disk: a data set in the formats of VCR, VisualCOMET and regions/, made from a seed.
 
 In: a seed, a number of pictures and a size. Out: images/<movie>/<name>.jpg with its metadata .json,
-vcr/<split>.jsonl, visualcomet/<split>_annots.json, regions/captions.jsonl and scenes.jsonl (the scene graph of every
-picture, which the readers ignore and the oracle reads).
+vcr/<split>.jsonl, visualcomet/<split>_annots.json, regions/{captions,rec,vqa,vsr,tags}.jsonl, regions/pope/ and
+scenes.jsonl (the scene graph of every picture, which the readers ignore and the oracle reads).
 
 Decision: the real readers read it, so nothing here may know how they work; a result on it is a diagnostic of this
 project and is never reported as VCR.
@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eventlens_ds.data.sources import world_text
-from eventlens_ds.data.sources.world_draw import draw
+from eventlens_ds.data.sources import world_regions, world_text
+from eventlens_ds.data.sources.world_draw import draw, outline, scene_parts
 from eventlens_ds.data.sources.world_scene import Person, Scene, Thing, sample_scene
 from eventlens_ds.errors import UserError
 
@@ -162,6 +163,35 @@ def _write_pictures(out: Path, seed: int, split: str, count: int, size: int, wor
             pass
 
 
+def _write_regions(out: Path, seed: int, counts: Mapping[str, int], size: int) -> None:
+    """The files of regions/ but the captions; counts = pictures per split. The files come from all splits, in order."""
+    folder = out / "regions"
+    (folder / "pope").mkdir(parents=True, exist_ok=True)
+    asked: dict[str, list[dict[str, Any]]] = {setting: [] for setting in world_regions.POPE_SETTINGS}
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(open(folder / f"{name}.jsonl", "w")) for name in ("rec", "vqa", "vsr", "tags")
+        }
+        for split, count in counts.items():
+            scenes = [sample_scene(seed, split, index) for index in range(count)]
+            objects = world_regions.ObjectCounts(scenes)
+            for scene in scenes:
+                name = image_name(scene)
+                rows = {
+                    "rec": world_regions.expressions(scene, outline(scene, scene_parts(scene), size)[0], size),
+                    "vqa": world_regions.questions(scene),
+                    "vsr": world_regions.statements(scene),
+                    "tags": ({"tags": world_regions.tags(scene)},),
+                }
+                for file, made in rows.items():
+                    files[file].writelines(json.dumps({"img_path": name, **row}) + "\n" for row in made)
+                for setting, kept in asked.items():
+                    kept += [{"image": name, **row} for row in world_regions.pope(scene, objects, setting)]
+    for setting, kept in asked.items():
+        text = "".join(json.dumps({"question_id": i, **row}) + "\n" for i, row in enumerate(kept, start=1))
+        (folder / "pope" / f"world_pope_{setting}.json").write_text(text)
+
+
 def render_world(
     out: Path,
     *,
@@ -199,3 +229,4 @@ def render_world(
                     events += event_lines(scene)
             (out / "visualcomet" / f"{split}_annots.json").write_text(json.dumps(events, indent=1))
             _write_pictures(out, seed, split, count, image_size, workers)
+    _write_regions(out, seed, {s: num_images if s == "train" else other for s in splits}, image_size)

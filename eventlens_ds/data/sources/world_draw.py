@@ -225,9 +225,11 @@ def paint(parts: list[Part], size: int) -> Image.Image:
     return image.reduce(over)
 
 
-def draw(scene: Scene, size: int) -> Drawing:
-    """Draw a scene at `size` pixels per side. Boxes are clipped to the picture; polygons are left as drawn."""
-    parts = scene_parts(scene)
+Boxes = list[tuple[float, float, float, float]]
+
+
+def outline(scene: Scene, parts: list[Part], size: int) -> tuple[Boxes, list[list[Polygon]]]:
+    """Boxes and polygons of every region in pixels. Boxes are clipped to the picture; polygons are left as drawn."""
     scale = size / UNITS
     outlines: list[list[Polygon]] = [[] for _ in scene.names]
     for part in parts:
@@ -238,4 +240,10 @@ def draw(scene: Scene, size: int) -> Drawing:
         xs = [min(max(x, 0.0), float(size)) for polygon in polygons for x, _ in polygon]
         ys = [min(max(y, 0.0), float(size)) for polygon in polygons for _, y in polygon]
         boxes.append((min(xs), min(ys), max(xs), max(ys)))
-    return Drawing(paint(parts, size), boxes, outlines)
+    return boxes, outlines
+
+
+def draw(scene: Scene, size: int) -> Drawing:
+    """Draw a scene at `size` pixels per side."""
+    parts = scene_parts(scene)
+    return Drawing(paint(parts, size), *outline(scene, parts, size))

@@ -1,23 +1,21 @@
-"""Mixture of adapters in plain torch: the specification that every other backend is tested against.
+"""Mixture of adapters in plain torch: the specification that every other path and backend is tested against.
 
-In: token features, the stacked weights of E bottleneck adapters and one kind of gate. Out: the gated sum of the
-adapters' outputs, to be added to the residual.
-Decision: dense. Up to DENSE_COLUMNS hidden columns all adapters are one pair of matrix products: at that size the
-op is bound by memory traffic, so skipping unrouted adapters would save nothing, and every parameter takes part in
-every step (ZeRO-3 needs equal collectives on all ranks). More columns are done in blocks of whole adapters.
-Gates: task vectors as in LION (Chen et al., 2023), one-hot tasks, top-k routing (Shazeer et al., 2017), soft mixture.
+In: token features [T, D], the stacked weights of E bottleneck adapters and one kind of gate. Out: the gated sum of
+the adapters' outputs, to be added to the residual.
+Decision: dense. All adapters of a block are one pair of matrix products and gates of zero are multiplied in, so the
+code reads like the formula, needs no sizes from the device, and every parameter takes part in every step (ZeRO-3 needs
+equal collectives on all ranks). Work is skipped in grouped.py (CPU) and in the Triton kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from eventlens_ds.errors import UserError
+from eventlens_ds.errors import ArgumentError
+from eventlens_ds.ops.moa.gates import AdapterStack, Gates, SoftMixture, TaskOneHot, TaskVectors, TopKRouter
 
 DENSE_COLUMNS = 512
 """Hidden columns E * r of one matrix product; about where a dense pass turns from memory- to compute-bound."""
@@ -31,70 +29,16 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """All map 0 to 0, which lets a gate of zero be applied before the activation."""
 
 
-class AdapterStack(NamedTuple):
-    """Weights of E adapters of width r: y_e = scale_e * (up_e act(down_e x + down_bias_e) + up_bias_e)."""
-
-    down: torch.Tensor
-    """[E, r, D]"""
-    down_bias: torch.Tensor
-    """[E, r]"""
-    up: torch.Tensor
-    """[E, D, r]"""
-    up_bias: torch.Tensor
-    """[E, D]"""
-    scale: torch.Tensor
-    """[E]"""
-
-
-@dataclass(frozen=True)
-class TaskVectors:
-    """One gate per channel: adapter e of a token of task t is multiplied by vectors[t, e], [tasks, E, D]."""
-
-    vectors: torch.Tensor
-    task_ids: torch.Tensor
-    """int64[T]"""
-
-
-@dataclass(frozen=True)
-class TaskOneHot:
-    """Adapter e serves task e alone; a negative task (padding) has no adapter."""
-
-    task_ids: torch.Tensor
-    """int64[T]"""
-
-
-@dataclass(frozen=True)
-class TopKRouter:
-    """The k largest logits [T, E] of a token are used, the lowest index first among equals.
-
-    renormalise=True: softmax over the selected, others get no gradient. False: softmax over all, then selection.
-    """
-
-    logits: torch.Tensor
-    k: int
-    renormalise: bool = True
-
-
-@dataclass(frozen=True)
-class SoftMixture:
-    """Every adapter, weighted by the softmax of its logit [T, E]."""
-
-    logits: torch.Tensor
-
-
-Gates = TaskVectors | TaskOneHot | TopKRouter | SoftMixture
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that routing and sums run in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def scalar_gates(gates: TaskOneHot | TopKRouter | SoftMixture, num_adapters: int) -> torch.Tensor:
-    """[T, E] gates in at least float32: bfloat16 logits would flip the selection between near-equal experts.
-
-    Raises UserError for a task without an adapter (checked where that needs no device sync) or k outside [1, E].
-    """
+    """[T, E] gates in at least float32: bfloat16 logits would flip the selection between near-equal experts."""
     if isinstance(gates, TaskOneHot):
-        if not gates.task_ids.is_cuda and gates.task_ids.numel() and int(gates.task_ids.max()) >= num_adapters:
-            raise UserError(f"moa: task {int(gates.task_ids.max())} has no adapter, there are {num_adapters}")
         return (gates.task_ids[:, None] == torch.arange(num_adapters, device=gates.task_ids.device)).float()
-    logits = gates.logits.to(torch.promote_types(gates.logits.dtype, torch.float32))
+    logits = gates.logits.to(wide(gates.logits.dtype))
     if isinstance(gates, SoftMixture):
         return logits.softmax(-1)
     selected = top_k_mask(logits, gates.k)
@@ -106,7 +50,7 @@ def scalar_gates(gates: TaskOneHot | TopKRouter | SoftMixture, num_adapters: int
 def top_k_mask(logits: torch.Tensor, k: int) -> torch.Tensor:
     """bool [T, E], True at the k largest logits of each row; the lowest index wins a tie (torch.topk does not say)."""
     if not 1 <= k <= logits.shape[-1]:
-        raise UserError(f"moa: top-k routing needs 1 <= k <= {logits.shape[-1]} adapters, got k={k}")
+        raise ArgumentError(f"moa: top-k routing needs 1 <= k <= {logits.shape[-1]} adapters, got k={k}")
     order = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., :k], True)
 
@@ -147,12 +91,14 @@ def _channel_gated(
 ) -> torch.Tensor:
     """A gate per channel acts after the up projection, so outputs [T, D] of the adapters are formed one by one."""
     total = torch.zeros_like(x)
+    in_task = (gates.task_ids >= 0)[:, None]
+    rows = gates.task_ids.clamp(min=0)
     for first in range(0, adapters.down.shape[0], per_block):
         hidden = act(_down(x, adapters, slice(first, first + per_block)))
         for e in range(first, first + hidden.shape[1]):
             output = torch.addmm(adapters.up_bias[e], hidden[:, e - first], adapters.up[e].T)
             vectors = (gates.vectors[:, e] * adapters.scale[e]).to(x.dtype)
-            total = total + vectors[gates.task_ids] * output
+            total = total + torch.where(in_task, vectors[rows] * output, 0.0)
     return total
 
 
@@ -163,7 +109,7 @@ def load_balance_loss(logits: torch.Tensor, k: int, mask: torch.Tensor | None = 
     loss of Fedus et al., Switch Transformers, 2021 (eq. 4), divided by k. logits [T, E]; mask bool[T], False for
     tokens that do not count. Zero, with a gradient of zero, when none counts.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(wide(logits.dtype))
     counted = torch.ones_like(logits[:, 0]) if mask is None else mask.to(logits.dtype)
     number = counted.sum().clamp(min=1.0)
     share = (top_k_mask(logits, k) * counted[:, None]).sum(0) / (number * k)

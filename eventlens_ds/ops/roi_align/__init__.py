@@ -3,7 +3,9 @@
 In: tokens as a tower gives them (class token first or absent), boxes in pixels sorted by image, offsets per image.
 Out: one feature grid per box, or its mean. Channels stay last, so nothing is transposed on the way.
 Decision: the plan (interpolation weights) is computed in float32 from float32 boxes and shared by all levels;
-accumulation is float32 and the result is rounded once to the dtype of the features. Backends: see ops/dispatch.py.
+accumulation is float32 and the result is rounded once to the dtype of the features. Arguments are checked before
+anything is launched; what can only be checked by reading values is checked where that costs no device sync.
+Backends: see ops/dispatch.py.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from typing import Literal
 
 import torch
 
-from eventlens_ds.errors import UserError
-from eventlens_ds.ops.dispatch import choose_backend
-from eventlens_ds.ops.roi_align.reference import apply_plan, make_plan
+from eventlens_ds.errors import ArgumentError
+from eventlens_ds.ops.roi_align import op
 
 __all__ = ["roi_align", "roi_align_nchw"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def roi_align(
@@ -36,37 +39,38 @@ def roi_align(
 ) -> torch.Tensor:
     """Pool the features of boxes from token grids (He et al., Mask R-CNN, 2017; semantics of torchvision).
 
-    tokens            [B, n + H * W, C], row-major grid after n prefix tokens, or several such levels, averaged
-    boxes             [R, 4] float32 xyxy, sorted by image, in the units that spatial_scale turns into cells
-    offsets           int64[B + 1]: boxes of image b are offsets[b]:offsets[b + 1]. On the CPU it saves a device sync
+    tokens            [B, n + H * W, C], row-major grid after n prefix tokens, or several such levels, averaged. Any
+                      strides with dense channels; float32, bfloat16, float16, or float64 (not in Triton)
+    boxes             [R, 4] float32 xyxy, sorted by image, in the units that spatial_scale turns into cells. Float64 is
+                      taken as it is for float64 tokens and rounded otherwise
+    offsets           int64[B + 1]: boxes of image b are offsets[b]:offsets[b + 1]; on the device of tokens or the CPU
     output_size       bins (P, Q); sampling_ratio: samples per bin and axis, <= 0 takes ceil(bin size)
     aligned           shift by half a cell, so that pixel centres are exact; False is the older convention
     pool              "mean" averages the bins
+    backend           see ops/dispatch.py; None chooses
 
-    Returns [R, P, Q, C], or [R, C] with pool="mean", in the dtype of tokens. A box with NaN gives zeros; samples
-    outside the grid by more than one cell count as zero. Differentiable for tokens (prefix tokens get zero), not
-    for boxes. Raises UserError when the shapes do not fit together.
+    Returns [R, P, Q, C], or [R, C] with pool="mean", in the dtype of tokens, also under autocast. A box with NaN gives
+    zeros; samples outside the grid by more than one cell count as zero. A cell outside the smallest rectangle that
+    holds all cells with a weight is not read, so a NaN or Inf there does not matter.
+    Differentiable for tokens (prefix tokens get zero), not for boxes. Both passes give the same bits each time.
+    Raises ArgumentError when the arguments do not fit together. The values of offsets are checked when they lie on the
+    CPU and no graph is being captured; elsewhere a check would cost a device sync, and offsets that do not tile the
+    boxes give wrong features, but touch no memory outside the arguments.
     """
     levels = [tokens] if isinstance(tokens, torch.Tensor) else list(tokens)
-    counts = _check(levels, boxes, offsets, grid_hw, num_prefix_tokens)
-    if pool not in (None, "mean"):
-        raise UserError(f"roi_align: pool is None or 'mean', not {pool!r}")
+    _check_levels(levels, grid_hw, num_prefix_tokens)
     bins = (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
-    choose_backend("roi_align", levels[0].device, backend)
-    dtype = levels[0].dtype
-    # Autocast would run the products in half precision and undo the float32 accumulation.
-    with torch.autocast(levels[0].device.type, enabled=False):
-        plan = make_plan(boxes.detach(), counts, grid_hw, bins, spatial_scale, sampling_ratio, aligned)
-        if pool == "mean":
-            plan = plan.pooled()
-        # Pooling is linear: averaging the levels first costs one application for all of them.
-        wide = torch.promote_types(dtype, torch.float32)
-        features = levels[0][:, num_prefix_tokens:].to(wide)
-        for level in levels[1:]:
-            features = features + level[:, num_prefix_tokens:].to(wide)
-        if len(levels) > 1:
-            features = features / len(levels)
-        pooled = apply_plan(features, plan, grid_hw).to(dtype)
+    if min(*bins, *grid_hw) < 1:
+        raise ArgumentError(f"roi_align: bins {bins} on a grid of {tuple(grid_hw)}: both need at least one")
+    if pool not in (None, "mean"):
+        raise ArgumentError(f"roi_align: pool is None or 'mean', not {pool!r}")
+    _check_boxes(boxes, offsets, levels[0])
+    name = op.choose(backend, levels[0])
+    if levels[0].dtype != torch.float64:
+        boxes = boxes.float()
+    size = (grid_hw[0], grid_hw[1])
+    tables = op.plan(boxes, size, bins, spatial_scale, sampling_ratio, aligned, pool == "mean", name)
+    pooled = op.pool(levels, tables, offsets, size, num_prefix_tokens, name)
     return pooled.flatten(0, 2) if pool == "mean" else pooled
 
 
@@ -80,27 +84,24 @@ def roi_align_nchw(
 ) -> torch.Tensor:
     """The call of torchvision.ops.roi_align: input [N, C, H, W], boxes [K, 5] (image, x1, y1, x2, y2) or a list of
     [L, 4]; returns [K, C, P, Q] in the order of the boxes. Unlike torchvision it takes bfloat16 and boxes of another
-    dtype. Raises UserError for an image index outside [0, N).
+    dtype. The input is copied to channels last unless it already is. Raises ArgumentError for an image index outside
+    [0, N), which is checked where `roi_align` checks offsets.
     """
     if isinstance(boxes, torch.Tensor):
         if boxes.ndim != 2 or boxes.shape[-1] != 5:
-            raise UserError(f"roi_align_nchw: boxes must be [K, 5] or a list of [L, 4], got {list(boxes.shape)}")
-        image = boxes[:, 0].long()
-        corners = boxes[:, 1:]
+            raise ArgumentError(f"roi_align_nchw: boxes must be [K, 5] or a list of [L, 4], got {list(boxes.shape)}")
+        image, corners = boxes[:, 0].long(), boxes[:, 1:]
     else:
         image = torch.cat([torch.full((len(b),), i, dtype=torch.int64, device=b.device) for i, b in enumerate(boxes)])
         corners = torch.cat([b.reshape(-1, 4) for b in boxes])
-    corners = corners.to(torch.promote_types(corners.dtype, torch.float32))
-    batch, channels, height, width = input.shape
-    if image.numel() and not 0 <= int(image.min()) <= int(image.max()) < batch:
-        raise UserError(f"roi_align_nchw: image index {int(image.max())} or {int(image.min())} outside [0, {batch})")
+    batch, _, height, width = input.shape
+    if _readable(image) and image.numel() and not 0 <= int(image.min()) <= int(image.max()) < batch:
+        raise ArgumentError(f"roi_align_nchw: images {int(image.min())} to {int(image.max())} outside [0, {batch})")
     order = torch.argsort(image, stable=True)
-    offsets = torch.zeros(batch + 1, dtype=torch.int64, device=image.device)
-    offsets[1:] = torch.bincount(image, minlength=batch).cumsum(0)
     pooled = roi_align(
-        input.flatten(2).transpose(1, 2),
-        corners[order],
-        offsets,
+        input.flatten(2).transpose(1, 2).contiguous(),
+        corners.to(torch.promote_types(corners.dtype, torch.float32))[order],
+        torch.searchsorted(image[order], torch.arange(batch + 1, device=image.device)),
         (height, width),
         output_size=output_size,
         spatial_scale=spatial_scale,
@@ -110,32 +111,54 @@ def roi_align_nchw(
     return pooled[torch.argsort(order)].permute(0, 3, 1, 2)
 
 
-def _check(
-    levels: list[torch.Tensor],
-    boxes: torch.Tensor,
-    offsets: torch.Tensor,
-    grid_hw: tuple[int, int],
-    num_prefix_tokens: int,
-) -> tuple[int, ...]:
-    """Boxes per image, after making sure that tokens, boxes and offsets describe the same images."""
+def _check_levels(levels: list[torch.Tensor], grid_hw: tuple[int, int], num_prefix_tokens: int) -> None:
     if not levels:
-        raise UserError("roi_align: at least one level of tokens is needed, got none")
-    expected = num_prefix_tokens + grid_hw[0] * grid_hw[1]
+        raise ArgumentError("roi_align: at least one level of tokens is needed, got none")
+    first, expected = levels[0], num_prefix_tokens + grid_hw[0] * grid_hw[1]
     for level in levels:
         if level.ndim != 3 or level.shape[1] != expected:
-            raise UserError(
+            raise ArgumentError(
                 f"roi_align: tokens are {list(level.shape)}, expected [B, {expected}, C] for a grid of "
                 f"{grid_hw[0]} x {grid_hw[1]} after {num_prefix_tokens} prefix token(s)"
             )
-        if level.shape != levels[0].shape or level.dtype != levels[0].dtype:
-            raise UserError(f"roi_align: levels differ: {list(levels[0].shape)} and {list(level.shape)}")
+        if level.dtype not in DTYPES:
+            raise ArgumentError(f"roi_align: tokens are {level.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        if level.shape != first.shape:
+            raise ArgumentError(f"roi_align: levels differ: {list(first.shape)} and {list(level.shape)}")
+        if level.dtype != first.dtype or level.device != first.device:
+            raise ArgumentError(
+                f"roi_align: levels differ: {first.dtype} on {first.device} and {level.dtype} on {level.device}"
+            )
+        if level.shape[2] > 1 and level.stride(2) != 1:
+            raise ArgumentError(f"roi_align: channels of tokens must be dense: stride 1, got {level.stride(2)}")
+
+
+def _check_boxes(boxes: torch.Tensor, offsets: torch.Tensor, level: torch.Tensor) -> None:
     if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise UserError(f"roi_align: boxes must be [R, 4], got {list(boxes.shape)}")
-    if not boxes.dtype.is_floating_point or boxes.dtype.itemsize < 4:
-        raise UserError(f"roi_align: boxes must be float32, got {boxes.dtype} (too coarse for pixel coordinates)")
-    bounds = offsets.tolist()
-    batch, total = levels[0].shape[0], boxes.shape[0]
-    counts = tuple(end - start for start, end in zip(bounds, bounds[1:]))
-    if len(bounds) != batch + 1 or bounds[0] != 0 or bounds[-1] != total or min(counts, default=0) < 0:
-        raise UserError(f"roi_align: offsets {bounds} do not tile {total} boxes over {batch} image(s)")
-    return counts
+        raise ArgumentError(f"roi_align: boxes must be [R, 4], got {list(boxes.shape)}")
+    if boxes.dtype not in (torch.float32, torch.float64):
+        raise ArgumentError(f"roi_align: boxes must be float32, got {boxes.dtype} (too coarse for pixel coordinates)")
+    if boxes.device != level.device:
+        raise ArgumentError(f"roi_align: boxes are on {boxes.device}, tokens on {level.device}")
+    batch = level.shape[0]
+    if offsets.dtype != torch.int64 or offsets.ndim != 1 or offsets.shape[0] != batch + 1:
+        raise ArgumentError(
+            f"roi_align: offsets are {offsets.dtype}{list(offsets.shape)}, expected torch.int64[{batch + 1}] for "
+            f"{batch} image(s)"
+        )
+    if offsets.device.type != "cpu" and offsets.device != level.device:
+        raise ArgumentError(f"roi_align: offsets are on {offsets.device}, tokens on {level.device}")
+    if _readable(offsets):
+        bounds = offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] != boxes.shape[0]:
+            raise ArgumentError(
+                f"roi_align: offsets run from {bounds[0]} to {bounds[-1]}, expected 0 to {boxes.shape[0]} boxes"
+            )
+        for start, end in zip(bounds, bounds[1:]):
+            if end < start:
+                raise ArgumentError(f"roi_align: offsets fall from {start} to {end}; boxes must be sorted by image")
+
+
+def _readable(values: torch.Tensor) -> bool:
+    """Whether values can be looked at without a device sync or a break in a captured graph."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
