@@ -24,7 +24,10 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
+from eventlens_ds.runtime.failures import leave  # noqa: E402
 from tests.small_world import SmallRun, build_world, small_run  # noqa: E402
+
+STATUS = pytest.StashKey[int]()
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +49,15 @@ def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(world_folder: Path) -> SmallRun:
     """Configuration, tokenizer, architecture and data of a run over `world_folder`."""
     return small_run(world_folder)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End as the trainer ends: tests that start a group in this process leave threads of gloo behind."""
+    code = config.stash.get(STATUS, None)
+    if code is not None:
+        leave(lambda: code)

@@ -203,7 +203,7 @@ def _exchange(world: World, code: int, text: str) -> tuple[list[Any] | None, lis
     return first, heard
 
 
-def leave(main: Callable[[], int]) -> NoReturn:
+def leave(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and end the process with its exit code, after exit handlers, without tearing Python down.
 
     gloo's threads outlive `distributed.stop`, because DeepSpeed keeps references to its groups. A thread that comes

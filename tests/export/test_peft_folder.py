@@ -24,6 +24,7 @@ from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.export import folder, peft_folder, predict
 from eventlens_ds.model import lora
 from eventlens_ds.runtime import checkpoint
+from eventlens_ds.runtime.failures import leave
 from tests.export.conftest import TASKS, train
 from tests.model import tiny_folders as tiny
 from tests.small_world import small_run
@@ -332,4 +333,4 @@ def test_lora_on_a_whole_llava(world_folder: Path, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _partitioned_job(Path(sys.argv[1]))
+    leave(lambda: _partitioned_job(Path(sys.argv[1])))

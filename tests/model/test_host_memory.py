@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from eventlens_ds.runtime.failures import leave
+
 RANKS = 4
 LIMIT = 1.3
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -123,4 +125,4 @@ def test_a_node_holds_one_copy_whatever_the_ranks(tmp_path: Path, kind: str) -> 
 
 
 if __name__ == "__main__":
-    _job(Path(sys.argv[1]), len(sys.argv) > 2)
+    leave(lambda: _job(Path(sys.argv[1]), len(sys.argv) > 2))

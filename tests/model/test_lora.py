@@ -15,6 +15,7 @@ from eventlens_ds.config.run_config import LoraConfig, StageConfig
 from eventlens_ds.errors import UserError
 from eventlens_ds.model import lora
 from eventlens_ds.model.stages import apply_stage, part_of
+from eventlens_ds.runtime.failures import leave
 from tests.model import tiny_folders as tiny
 from tests.small_world import small_architecture, small_config
 
@@ -176,4 +177,4 @@ def test_it_resumes_bit_identically_and_starts_another_stage(trained: dict[str, 
 
 
 if __name__ == "__main__":
-    _job(Path(sys.argv[1]))
+    leave(lambda: _job(Path(sys.argv[1])))

@@ -32,6 +32,7 @@ from transformers import (
 
 from eventlens_ds.config.run_config import AdapterConfig, LoraConfig, ModelConfig, RoIConfig, RunConfig, TrainConfig
 from eventlens_ds.data.tokenizer import build_embedded
+from eventlens_ds.runtime.failures import leave
 
 TOWER: dict[str, Any] = {
     "hidden_size": 16,
@@ -199,4 +200,4 @@ def on_two_ranks(folder: Path, cases: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    _all_cases(Path(sys.argv[1]))
+    leave(lambda: _all_cases(Path(sys.argv[1])))

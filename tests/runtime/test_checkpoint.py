@@ -21,6 +21,7 @@ import pytest
 from eventlens_ds.errors import DataError
 from eventlens_ds.runtime import commit
 from eventlens_ds.runtime.distributed import gather_objects, rank_and_size, start, stop
+from eventlens_ds.runtime.failures import leave
 from eventlens_ds.runtime.local_ranks import spawn
 
 STEPS, SAVED_AT = 6, 3
@@ -388,8 +389,12 @@ def test_generators_round_trip():
     assert again == draw
 
 
-if __name__ == "__main__":
+def main(name: str, folder: Path) -> None:
     world = start(threads=1, timeout_minutes=1)
-    result = globals()[f"job_{sys.argv[1]}"](Path(sys.argv[2]))
-    (Path(sys.argv[2]) / f"{sys.argv[1]}-rank{world.rank}.json").write_text(json.dumps(result))
+    result = globals()[f"job_{name}"](folder)
+    (folder / f"{name}-rank{world.rank}.json").write_text(json.dumps(result))
     stop()
+
+
+if __name__ == "__main__":
+    leave(lambda: main(sys.argv[1], Path(sys.argv[2])))

@@ -14,6 +14,7 @@ import pytest
 
 from eventlens_ds.runtime.collectives import CollectiveMismatch, Recorder
 from eventlens_ds.runtime.distributed import start, stop
+from eventlens_ds.runtime.failures import leave
 from eventlens_ds.runtime.local_ranks import spawn
 
 
@@ -141,7 +142,11 @@ def test_alone_it_records_and_agrees():
     assert not model._forward_pre_hooks and not model[0]._forward_hooks
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> None:
     world = start(threads=1, timeout_minutes=1)
-    Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(job_record(world.rank)))
+    Path(folder, f"{world.rank}.json").write_text(json.dumps(job_record(world.rank)))
     stop()
+
+
+if __name__ == "__main__":
+    leave(lambda: main(Path(sys.argv[1])))

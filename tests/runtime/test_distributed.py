@@ -18,6 +18,7 @@ import pytest
 
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.runtime import distributed, local_ranks
+from eventlens_ds.runtime.failures import leave
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 SRUN = {
@@ -270,11 +271,6 @@ def test_no_ranks():
         local_ranks.spawn(0, [])
 
 
-if __name__ == "__main__":
-    out = globals()[f"job_{sys.argv[1]}"](Path(sys.argv[2]))
-    Path(sys.argv[2], f"{sys.argv[1]}-{os.environ['RANK']}.json").write_text(json.dumps(out))
-
-
 def test_leaving_the_group_leaves_no_rendezvous_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command started later from the same process would otherwise inherit our rank and our port."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -284,3 +280,12 @@ def test_leaving_the_group_leaves_no_rendezvous_behind(monkeypatch: pytest.Monke
     assert all(name in os.environ for name in names)
     distributed.stop()
     assert not any(name in os.environ for name in names)
+
+
+def main(name: str, folder: Path) -> None:
+    out = globals()[f"job_{name}"](folder)
+    Path(folder, f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(out))
+
+
+if __name__ == "__main__":
+    leave(lambda: main(sys.argv[1], Path(sys.argv[2])))

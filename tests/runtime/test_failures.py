@@ -174,4 +174,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    failures.leave(lambda: main(Path(sys.argv[1])))

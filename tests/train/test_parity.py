@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from eventlens_ds.launch import parity
+from eventlens_ds.runtime.failures import leave
 from tests.small_world import SmallRun
 
 ROOT = Path(__file__).parents[2]
@@ -93,4 +94,4 @@ def average_rows() -> None:
 if __name__ == "__main__":
     if os.environ["PARITY_GUARD"] == "off":
         average_rows()
-    parity.rank_job(Path(sys.argv[1]))
+    leave(lambda: parity.rank_job(Path(sys.argv[1])))

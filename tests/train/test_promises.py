@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from eventlens_ds.runtime.failures import leave
 from tests.small_world import SmallRun, small_config, small_engine, small_run
 
 ROOT = Path(__file__).parents[2]
@@ -244,4 +245,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    leave(lambda: main(Path(sys.argv[1])))
