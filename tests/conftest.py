@@ -60,4 +60,5 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """End as the trainer ends: tests that start a group in this process leave threads of gloo behind."""
     code = config.stash.get(STATUS, None)
     if code is not None:
+        config.get_terminal_writer().flush()
         leave(lambda: code)
