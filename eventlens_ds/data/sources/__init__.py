@@ -7,10 +7,10 @@ the canonical record keeps every field of the source, so a shard can be rebuilt 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from eventlens_ds.data.records import ImageRecord, Sample
 
@@ -41,6 +41,13 @@ class Source(Protocol):
     def images(self, split: str) -> Iterator[SourceImage]:
         """Images of a split in a fixed order. Raises DataError naming file:line on a broken line."""
         ...
+
+
+@runtime_checkable
+class NamesImages(Protocol):
+    """A source that can name the images of a split without reading what is known of each."""
+
+    def img_fns(self, split: str) -> Iterable[str]: ...
 
 
 def samples(record: Mapping[str, Any], image: ImageRecord) -> tuple[Sample, ...]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from eventlens_ds.data.records import ImageRecord
-from eventlens_ds.data.sources import Record, Source, SourceImage
+from eventlens_ds.data.sources import NamesImages, Record, Source, SourceImage
 from eventlens_ds.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
@@ -95,8 +95,13 @@ class CombinedSource:
         placed: dict[str, set[str]] = {}
         for source in self.primary:
             for split in source.splits():
-                for item in source.images(split):
-                    placed.setdefault(item.image.img_fn, set()).add(split)
+                names: Iterable[str] = (
+                    source.img_fns(split)
+                    if isinstance(source, NamesImages)
+                    else (item.image.img_fn for item in source.images(split))
+                )
+                for img_fn in names:
+                    placed.setdefault(img_fn, set()).add(split)
         return placed
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -156,14 +157,22 @@ def metadata_problems(meta: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem("metadata", f"object {i}: an outline wants a list of polygons of [x, y]")
 
 
-def read_metadata(path: Path, where: str) -> dict[str, Any]:
-    """A metadata file of VCR as a checked dict. Raises DataError naming the row that asked for it."""
+def read_metadata(path: Path, where: str) -> Mapping[str, Any]:
+    """A metadata file of VCR as a checked dict, to be read only. Raises DataError naming the row that asked for it."""
     try:
-        raw = path.read_bytes()
+        file = path.stat()
+        return _metadata(path, (file.st_ino, file.st_mtime_ns, file.st_size))
     except OSError as error:
         raise DataError(f"{where}: metadata {path}: {error.strerror or error}") from None
-    meta = parse_object(raw, f"{where}: metadata {path}")
-    raise_first(metadata_problems(meta), f"{where}: metadata {path}")
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+@lru_cache(maxsize=4096)
+def _metadata(path: Path, version: tuple[int, ...]) -> Mapping[str, Any]:
+    """`read_metadata` of one version of a file: several sources, and every pass over them, ask for the same files."""
+    meta = parse_object(path.read_bytes(), f"metadata {path}")
+    raise_first(metadata_problems(meta), f"metadata {path}")
     return meta
 
 

@@ -10,7 +10,7 @@ every image, so an image is stored once whatever the order of its rows, and memo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,9 @@ class VcrSource:
 
     def splits(self) -> tuple[str, ...]:
         return self._splits
+
+    def img_fns(self, split: str) -> Iterable[str]:
+        return self._index(self.file(split))
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Images in the order of their first row, each with its rows in file order.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,9 @@ class VisualCometSource:
     def splits(self) -> tuple[str, ...]:
         return self._splits
 
+    def img_fns(self, split: str) -> Iterable[str]:
+        return self._index(self.file(split), read_text(self.file(split)), split)
+
     def images(self, split: str) -> Iterator[SourceImage]:
         """Images in the order of their first row, each with its events in file order.
 
@@ -102,8 +105,18 @@ class VisualCometSource:
         UserError when there is no VCR file to check the train split against.
         """
         path = self.file(split)
-        held_out = self.held_out_images() if split == "train" else {}
         text = read_text(path)
+        for img_fn, places in self._index(path, text, split).items():
+            rows = [json.JSONDecoder().raw_decode(text, start)[0] for _, _, start in places]
+            where = f"{path}:{places[0][1]}"
+            meta = read_metadata(inside(self.image_dir, rows[0]["metadata_fn"]), where)
+            image = image_record(img_fn, meta, str(rows[0].get("movie", "")), split)
+            records = tuple(canonical(row, number, line, meta["names"]) for row, (number, line, _) in zip(rows, places))
+            yield SourceImage(image, image_file(self.image_dir, img_fn, where), records)
+
+    def _index(self, path: Path, text: str, split: str) -> dict[str, list[tuple[int, int, int]]]:
+        """(number of the row, its line, its offset) of the rows of every image; checks each row on the way."""
+        held_out = self.held_out_images() if split == "train" else {}
         rows_of: dict[str, list[tuple[int, int, int]]] = {}
         for number, (line, start, row) in enumerate(rows_in(text, path)):
             where = f"{path}:{line}"
@@ -111,13 +124,7 @@ class VisualCometSource:
             if row["img_fn"] in held_out:
                 raise DataError(f"{where}: image {row['img_fn']} is in VCR's {held_out[row['img_fn']]} split")
             rows_of.setdefault(row["img_fn"], []).append((number, line, start))
-        for img_fn, places in rows_of.items():
-            rows = [json.JSONDecoder().raw_decode(text, start)[0] for _, _, start in places]
-            where = f"{path}:{places[0][1]}"
-            meta = read_metadata(inside(self.image_dir, rows[0]["metadata_fn"]), where)
-            image = image_record(img_fn, meta, str(rows[0].get("movie", "")), split)
-            records = tuple(canonical(row, number, line, meta["names"]) for row, (number, line, _) in zip(rows, places))
-            yield SourceImage(image, image_file(self.image_dir, img_fn, where), records)
+        return rows_of
 
     def held_out_images(self) -> dict[str, str]:
         """img_fn -> split of every image that VCR's val and test hold out. Raises UserError when VCR is absent."""
