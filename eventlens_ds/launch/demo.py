@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0, help="seed of the world")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--images", type=int, default=2400, help="training pictures; a sixth as many are held out")
+    parser.add_argument("--images", type=int, default=2000, help="training pictures; a sixth as many are held out")
     parser.add_argument("--event-steps", type=int, default=0, help="0: as in the recipe")
     parser.add_argument("--vcr-steps", type=int, default=0, help="0: as in the recipe")
     args = parser.parse_args(argv)
