@@ -30,7 +30,7 @@ BENCH_GPU := --device cuda --compiled headline --case-seconds 1
 RESULTS := eventlens_ds/bench/results
 PYTEST := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: install csrc demo world-small ablation test test-slow check gate gpu clean
+.PHONY: install csrc demo world-small ablation lion-demo lion-ablation test test-slow check gate gpu clean
 
 install: $(STAMP)
 
@@ -67,6 +67,14 @@ world-small: $(STAMP)
 
 ablation: $(STAMP)
 	$(PY) -m eventlens_ds.launch.ablation $(ARGS)
+
+# LION's four stages on the embedded world, against one stage and against no router; the same command goes on after an
+# interruption. lion-ablation: three seeds, more steps.
+lion-demo: $(STAMP)
+	$(PY) -m eventlens_ds.launch.lion_demo $(ARGS)
+
+lion-ablation: $(STAMP)
+	$(PY) -m eventlens_ds.launch.lion_ablation $(ARGS)
 
 test: $(STAMP)
 	timeout --kill-after=30 $(TEST_MINUTES)m env $(PYTEST) -m "not slow and not gpu" $(ARGS)
