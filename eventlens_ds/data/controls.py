@@ -15,7 +15,7 @@ import torch
 from eventlens_ds.data.records import Batch
 
 Control = Literal["none", "blank", "permute_regions"]
-"""none: as is. blank: grey pixels, no region reaches the text, and every token of a tag is the same one, since tags come
+"""none: as is. blank: grey pixels, no region reaches the text, and every token of a tag is the same one, as tags come
 from the picture too; how many tokens they take stays, as object names stay. permute_regions: the boxes of every image
 trade places, so each mention is linked to the feature of another region; an image with one region stays as it is (see
 `permutable`)."""

@@ -2,8 +2,8 @@
 
 In: a group of the plan and the seed of its row. Out: the group with noisy tags.
 Decision: a tag is replaced by one of as many tokens, at the head of the list or not, so every length that the plan has
-counted stays (P4) and the list is cut at the same place. Other tags come from a fixed sample of the images, the same on every
-rank; which are drawn follows from (seed of the row, image), so from seed, step and place in the step alone (P3).
+counted stays (P4) and the list is cut at the same place. Other tags come from a fixed sample of the images, the same
+on every rank; which are drawn follows from (seed of the row, image), so from seed, step and place in it alone (P3).
 """
 
 from __future__ import annotations
