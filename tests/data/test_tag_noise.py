@@ -21,6 +21,7 @@ from eventlens_ds.data.encode import rendered_group
 from eventlens_ds.data.prompts import text_of
 from eventlens_ds.data.records import Batch
 from eventlens_ds.data.sources.combined import open_source
+from eventlens_ds.data.tag_counts import count_tags
 from eventlens_ds.errors import UserError
 from eventlens_ds.eval.score import eval_data
 from tests.data.conftest import paint, write_rows
@@ -98,6 +99,27 @@ def test_an_evaluation_sees_the_tags_as_they_are(folder: Path) -> None:
 def test_noise_that_could_not_act_is_refused(settings: list[str], said: str) -> None:
     with pytest.raises(UserError, match=f"data.tag_noise.*{said}"):
         load("tiny_lion_3", settings)
+
+
+def test_tags_are_counted_and_a_run_without_any_is_refused(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from eventlens_ds.train.run import training_data
+
+    run = run_with(folder, 0.0, tag_tokens=2)
+    words = [run.data.shards[0].image(i).tags for i in range(10)]
+    counts = count_tags(run.data.shards[0], run.tokenizer, 2)
+    shown = sum(int(p.tag >= 0) for g in range(10) for p in _prefix(run, g))
+    assert counts == (10, 10, 10, sum(map(len, words)), sum(map(len, words)) - shown)
+    with caplog.at_level("INFO"):
+        training_data(run.config, run.tokenizer, run.spec)
+    assert "10 of 10 images looked at have tags; 10 lists are longer than data.tag_tokens 2" in caplog.text
+    build.build(open_source("captions", folder.parent), folder.parent / "untagged")
+    bare = replace(run.config, data=replace(run.config.data, train=(str(folder.parent / "untagged"),)))
+    with pytest.raises(UserError, match="model.soft_prompt: none of the 10 images looked at in .* has tags"):
+        training_data(bare, run.tokenizer, run.spec)
+
+
+def _prefix(run: SmallRun, group: int) -> Any:
+    return rendered_group(run.data.group(0, group), run.tokenizer, run.spec).prefix
 
 
 def tag_text(run: SmallRun, batch: Batch) -> str:
