@@ -238,7 +238,7 @@ def measure(given: Setting, rows: int, repeats: int) -> list[dict[str, Any]]:
 
 
 class counted:  # noqa: N801 - used as a function
-    """Context manager: forward calls of every leaf of the model, by name."""
+    """Context manager: forward calls of every module of the model, by name."""
 
     def __init__(self, model: RegionVLM) -> None:
         self.model = model
@@ -248,7 +248,6 @@ class counted:  # noqa: N801 - used as a function
         self.handles = [
             module.register_forward_hook(lambda *_, name=name: calls.update([name]))
             for name, module in self.model.named_modules()
-            if next(module.children(), None) is None
         ]
         return calls
 
