@@ -34,7 +34,7 @@ from eventlens_ds.train.engine import Trainable, set_lr
 from eventlens_ds.train.flops import StepFlops
 from eventlens_ds.train.metrics import RunLog, StepMetrics, memory_bytes, mfu, sample_hash
 from eventlens_ds.train.preempt import StopFlag
-from eventlens_ds.train.routing import CollapseWatch, Routing, RoutingProbe
+from eventlens_ds.train.routing import Routing, RoutingProbe
 from eventlens_ds.train.schedule import lr_factor
 from eventlens_ds.train.skipped import SkippedLog, gather_skipped
 from eventlens_ds.train.state import TrainState
@@ -69,7 +69,6 @@ class Writers:
     skipped: SkippedLog
     first_step: Callable[[], None]
     """Called once, when the first optimizer step of this attempt is done."""
-    collapse: CollapseWatch | None = None
 
     def close(self) -> None:
         self.run_log.close()
@@ -111,9 +110,6 @@ def train(
     ledger = _Ledger(run_dir, world.rank) if config.train.ledger else None
     micro_steps = -(-config.train.rows_per_step // world.size)
     audit, probe = Audit(trainable.engine.module), RoutingProbe(trainable.engine.module)
-    if writers:
-        writers.collapse = CollapseWatch(probe.trained)
-
     first_step = state.step + 1
     while state.step < config.train.steps:
         started = time.monotonic()
@@ -123,8 +119,7 @@ def train(
         lr = config.train.lr * lr_factor(step, config.train)
         set_lr(trainable.engine, lr)
         calls = [plan.vision_calls(step, micro, world.size, config.train.vision_chunk) for micro in range(micro_steps)]
-        logged = _logged(step + 1, config)
-        probe.watch(logged)
+        logged = probe.watch(_logged(step + 1, config))
         report = optimizer_step(trainable.engine, step_rows, calls, config, world, waited, stop_flag.raised)
         routing = probe.read(step_rows, world.device) if logged else None
         state.step += 1
@@ -141,7 +136,7 @@ def train(
         if ledger:
             ledger.write(step, step_rows)
         if writers and logged:
-            _report(writers, report, routing, plan, data, state, lr, time.monotonic() - started, world, config)
+            _report(writers, report, routing, probe, plan, data, state, lr, time.monotonic() - started, world, config)
         due = config.train.eval_every and state.step % config.train.eval_every == 0
         best = evaluate(state) if due else False
         last = state.step == config.train.steps
@@ -246,6 +241,7 @@ def _report(
     writers: Writers,
     report: StepReport,
     routing: Routing | None,
+    probe: RoutingProbe,
     plan: Plan,
     data: RunData,
     state: TrainState,
@@ -280,8 +276,8 @@ def _report(
         writers.board.step(metrics)
     if routing and writers.board:
         writers.board.routing(state.step, routing)
-    if routing and writers.collapse:
-        writers.collapse.add(state.step, routing)
+    if routing:
+        probe.collapse.add(state.step, routing)
 
 
 def _check_budget(run_dir: Path, state: TrainState, config: RunConfig) -> None:

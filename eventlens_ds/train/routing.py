@@ -73,6 +73,7 @@ class RoutingProbe:
         kept = found if found and found[0][1].by_layer else found[:1]
         self.layers = [layer for _, layer in kept]
         self.labels = [name.removeprefix("adapters.") for name, _ in kept] if len(kept) > 1 else ["all"] * len(kept)
+        self.collapse = CollapseWatch(self.trained)
 
     @property
     def trained(self) -> int:
@@ -80,9 +81,11 @@ class RoutingProbe:
         first = self.layers[0] if self.layers else None
         return sum(getattr(first, f"{name}_up").requires_grad for name in first.names) if first is not None else 0
 
-    def watch(self, on: bool) -> None:
+    def watch(self, on: bool) -> bool:
+        """Tell routers that look at tokens whether to count; returns `on`."""
         for layer in self.layers:
             layer.watch(on)
+        return on
 
     def read(self, rows: Sequence[Batch], device: str = "cpu") -> Routing | None:
         """What the rows of all ranks chose; None for a model without adapters. A collective."""
