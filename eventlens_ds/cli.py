@@ -33,6 +33,7 @@ PLANNED = ("plan", "preflight", "prove", "compare", "neighbours")
 BENCHMARKS = {
     "roi_align": "RoI-align on token grids, every backend against the strongest baselines",
     "moa": "the mixture of adapters, every path and backend against the strongest baselines",
+    "adapters": "a training step with a mixture, with task adapters and without adapters",
     "score": "candidates scored with a shared prefix against one row per candidate",
     "loader": "our loader against a plain Pillow loop over the same images",
     "train": "our training against Hugging Face Trainer with DeepSpeed, and against itself ablated",
@@ -101,6 +102,7 @@ def _add_data(commands: Any) -> None:
     build.add_argument("--workers", type=int, default=1, metavar="W", help="processes (default 1)")
     build.add_argument("--shard-images", type=int, default=1000, metavar="N", help="images per shard (default 1000)")
     build.add_argument("--part", metavar="K/N", help="write only shards k, k+n, ...: one of n jobs; see --finish")
+    build.add_argument("--tagger", default="", metavar="MODULE:FUNCTION", help="gives every image its tags")
     build.add_argument("--finish", action="store_true", help="join the shards after all parts are written")
     build.add_argument("--seed", type=int, default=0, metavar="S", help="world: seed (default 0)")
     build.add_argument("--image-size", type=int, default=96, metavar="PX", help="world: pixels per side (default 96)")
@@ -158,6 +160,7 @@ def _add_use(commands: Any) -> None:
     predict.add_argument("--boxes", nargs="+", default=[], metavar="NAME:X1,Y1,X2,Y2", help="in pixels of the image")
     predict.add_argument("--question", metavar="TEXT", help="mention boxes as [1], [2], ...")
     predict.add_argument("--choices", nargs="+", default=[], metavar="TEXT", help="candidate answers to rank")
+    predict.add_argument("--tags", metavar="A,B,C", help="what a tagger saw, for a model with a soft prompt")
     predict.add_argument("--events", action="store_true", help="what happens before, why, and after")
     predict.add_argument("--png", type=Path, metavar="FILE", help="draw boxes and answer")
 
@@ -198,6 +201,8 @@ def _data_build(args: argparse.Namespace, _rest: list[str]) -> int:
     else:
         if args.root is None:
             raise UserError(f"--root is missing: the folder where {args.source} lies")
+        if args.tagger and "tags" in _names(args.source):
+            raise UserError(f"--tagger {args.tagger}: --source {args.source} reads tags from a file; choose one")
         source = combined.open_source(args.source, args.root)
         arguments = {"root": str(args.root.resolve())}
     with BuildDisplay() as show:
@@ -209,6 +214,7 @@ def _data_build(args: argparse.Namespace, _rest: list[str]) -> int:
             workers=args.workers,
             shard_images=args.shard_images,
             arguments=arguments,
+            tagger=args.tagger,
             part=parse_part(args.part) if args.part else None,
             progress=show,
         )
@@ -349,6 +355,7 @@ def _predict(args: argparse.Namespace, _rest: list[str]) -> int:
     from eventlens_ds.export import predict
 
     asked = {"question": args.question, "choices": args.choices, "events": args.events}
+    asked["tags"] = None if args.tags is None else _names(args.tags)
     print(predict.main(args.model, args.image, boxes=boxes, png=args.png, **asked))
     return 0
 

@@ -149,6 +149,30 @@ def train(path: Path) -> str:
     return "\n".join(lines)
 
 
+def adapters(path: Path) -> str:
+    """The table of `eventlens bench adapters`: a step of each arm over that of the arm it is compared with."""
+    found = _newest(path, "device", "preset", "layers", "dtype", "trained", "arm")
+    if not found:
+        return "Not measured: `eventlens bench adapters DIR --out eventlens_ds/bench/results/adapters.csv`."
+    lines = [
+        "| arm | median ms (quartiles) | ratio (quartiles) | forwards a row | shape | measured on |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        ratio = f"{row['ratio_p50']} ({row['ratio_p25']} - {row['ratio_p75']}) of {row['against']}"
+        shape = (
+            f"{row['preset']}, width {row['width']}, {row['layers']} layers, tower of {row['vision_layers']} at "
+            f"{row['image_size']} px, bottleneck {row['bottleneck']}, {row['tokens']} tokens, {row['dtype']}, "
+            f"trained: {row['trained']}"
+        )
+        lines.append(
+            f"| {row['arm']} | {row['ms_p50']} ({row['ms_p25']} - {row['ms_p75']}) "
+            f"| {ratio if row['against'] else ''} | {row['forwards_per_row']} | {shape} "
+            f"| {_provenance({**row, 'modified': 'yes' if row['changed'] else 'no'})} |"
+        )
+    return "\n".join(lines)
+
+
 PARTS_OF_STEP = ("vision", "roi", "language", "adapters", "other")
 
 
@@ -156,7 +180,7 @@ def _same_run(a: Row, b: Row) -> bool:
     return all(a[name] == b[name] for name in ("device", "preset", "dtype", "ranks", "commit", "date"))
 
 
-RUNS = {"score": score, "loader": loader, "train": train}
+RUNS = {"score": score, "loader": loader, "train": train, "adapters": adapters}
 """Benchmarks that are not of one op: name of the CSV and of the section -> its table."""
 
 

@@ -61,7 +61,7 @@ _AT_LEAST: dict[str, float] = {
     "eval.row_tokens": 0,
 }
 _ABOVE_ZERO = ("train.lr", "train.timeout_minutes", "objective.temperature", "model.lora.alpha")
-_SHARES = ("data.error_budget", "train.min_lr")
+_SHARES = ("data.error_budget", "train.min_lr", "data.tag_noise")
 _DROPOUTS = ("model.dropout", "model.adapters.dropout", "model.lora.dropout")
 
 
@@ -91,6 +91,12 @@ def _branches(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "model.roi.levels", f"{list(model.roi.levels)}: levels of the tower, but model.roi.source is aggregator"
     if config.data.tag_tokens != DataConfig().tag_tokens and not model.soft_prompt:
         yield "data.tag_tokens", f"{config.data.tag_tokens}: tags are listed only with model.soft_prompt"
+    if config.data.tag_noise and not model.soft_prompt:
+        yield "data.tag_noise", f"{config.data.tag_noise}: tags are listed only with model.soft_prompt"
+    if config.data.tag_noise and not config.data.tag_tokens:
+        yield "data.tag_noise", f"{config.data.tag_noise}: data.tag_tokens is 0, so no tag is listed"
+    if config.data.tag_noise and config.data.control == "blank":
+        yield "data.tag_noise", f"{config.data.tag_noise}: data.control blank hides every tag"
     if model.adapters.router == "mixture" and model.adapters.tasks != AdapterConfig().tasks:
         yield "model.adapters.tasks", "tasks have adapters of their own only under model.adapters.router task"
     if any(layer < 0 for layer in model.aggregator.layers):

@@ -131,6 +131,9 @@ class DataConfig:
     VisualCOMET, or only the person, so that they must be read from the picture."""
     tag_tokens: int = 128
     """Tokens that an image's tags may take in the prompt (model.soft_prompt); the list is cut from its end."""
+    tag_noise: float = 0.0
+    """Share of the listed tags that training replaces by tags of other images, of as many tokens; drawn anew in every
+    epoch. Never in an evaluation."""
     control: Literal["none", "blank", "permute_regions"] = "none"
     """Train on what a control shows (data/controls.py): blank is a model that never sees a pixel or a region."""
     row_tokens: int = 1024

@@ -37,6 +37,7 @@ from eventlens_ds.data.shards import (
     write_shard,
 )
 from eventlens_ds.data.sources import Source, SourceImage
+from eventlens_ds.data.taggers import load_tagger, tagged
 from eventlens_ds.data.tar_index import FORMAT, ShardTable, SplitIndex
 from eventlens_ds.data.workers import leave_with_parent
 from eventlens_ds.errors import DataError, UserError
@@ -77,6 +78,7 @@ class _ShardTask:
     number: int
     first: int
     items: tuple[SourceImage, ...]
+    tagger: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def build(
     shard_bytes: int = 0,
     arguments: Mapping[str, Any] | None = None,
     part: tuple[int, int] | None = None,
+    tagger: str = "",
     progress: Callable[[BuildProgress], None] | None = None,
 ) -> dict[str, Any]:
     """Write the splits of `source` to the folder `out`; run again after an interruption to continue.
@@ -104,7 +107,8 @@ def build(
     splits: None takes all. limit: images per split, 0 for all. A shard is closed at `shard_images` images, or
     earlier when its image files reach `shard_bytes` (0: no limit). arguments: what identifies the source (root,
     seed); it is recorded, and a folder built with other arguments is refused. part (k, n): write only the shards
-    k, k + n, ...; call `finish` when all n parts are done. progress: called after every shard; it needs a first pass
+    k, k + n, ...; call `finish` when all n parts are done. tagger: module:function that gives every image its tags
+    (data/taggers.py); it is recorded with the arguments. progress: called after every shard; it needs a first pass
     over the annotations to count the images. Returns dataset.json, or {} for a part.
 
     Raises UserError (other arguments, foreign folder, no space left), DataError (broken source, no image usable).
@@ -114,7 +118,11 @@ def build(
     k, n = part or (0, 1)
     if workers < 1 or shard_images < 1 or shard_bytes < 0 or limit < 0 or not 0 <= k < n:
         raise UserError(f"workers={workers} shard_images={shard_images} limit={limit} part={k}/{n}: out of range")
-    settings = {"splits": chosen, "limit": limit, "shard_images": shard_images, "shard_bytes": shard_bytes}
+    settings: dict[str, Any] = {"splits": chosen, "limit": limit, "shard_images": shard_images}
+    settings |= {"shard_bytes": shard_bytes}
+    if tagger:
+        load_tagger(tagger)
+        settings["tagger"] = tagger
     _claim(out, {"format": FORMAT, "source": source.name, "arguments": {**settings, **(arguments or {})}})
     (out / "dataset.json").unlink(missing_ok=True)
     slices = {split: _Slices(source, split, limit, shard_images, shard_bytes, (k, n)) for split in chosen}
@@ -124,7 +132,7 @@ def build(
     for split, cuts in slices.items():
         for folder in (out / split, out / "journal" / split):
             folder.mkdir(parents=True, exist_ok=True)
-        for result in _run((_ShardTask(out, split, *cut) for cut in cuts), workers):
+        for result in _run((_ShardTask(out, split, *cut, tagger) for cut in cuts), workers):
             counter.add(split, result)
         if cuts.shards == 0:
             raise DataError(f"source {source.name}: split {split!r} has no images")
@@ -250,7 +258,8 @@ def _build_shard(task: _ShardTask) -> _ShardResult:
         return _ShardResult(len(task.items), len(kept["skipped"]), kept=True)
     # The entry goes first: an old entry beside a new tar would vouch for bytes it has never seen.
     entry.unlink(missing_ok=True)
-    table, skips = write_shard(path, task.split, task.first, task.items)
+    items = tagged(task.items, task.tagger) if task.tagger else task.items
+    table, skips = write_shard(path, task.split, task.first, items)
     write_json(entry, {"inputs": inputs, "table": table.to_json(), "skipped": [asdict(skip) for skip in skips]})
     return _ShardResult(len(task.items), len(skips), kept=False)
 

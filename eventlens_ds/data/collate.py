@@ -19,7 +19,8 @@ from eventlens_ds.data.records import Batch, EncodedGroup
 
 def flatten(group: EncodedGroup) -> EncodedGroup:
     """Every leaf with a copy of its whole path as a segment of its own; a leaf stays a separate child segment."""
-    ids, image_slots, region_slots, soft_slots, bounds, leaves = [], [], [], [], [], []
+    ids, image_slots, region_slots, soft_slots, tag_slots, bounds, leaves = [], [], [], [], [], [], []
+    tags = _tag_slots(group)
     parents: list[int] = []
     position = 0
     for leaf in group.leaf_segment:
@@ -35,6 +36,7 @@ def flatten(group: EncodedGroup) -> EncodedGroup:
             image_slots.append(group.image_slots[part])
             region_slots.append(group.region_slots[part])
             soft_slots.append(group.soft_slots[part])
+            tag_slots.append(tags[part])
             parents.append(parent)
             bounds.append((position, position + len(part)))
             position += len(part)
@@ -46,6 +48,7 @@ def flatten(group: EncodedGroup) -> EncodedGroup:
             "image_slots": np.concatenate(image_slots),
             "region_slots": np.concatenate(region_slots),
             "soft_slots": np.concatenate(soft_slots),
+            "tag_slots": np.concatenate(tag_slots),
             "parents": np.asarray(parents, np.int32),
             "bounds": np.asarray(bounds, np.int32),
             "leaf_segment": np.asarray(leaves, np.int32),
@@ -95,6 +98,7 @@ class _Row:
             image_slots=shift(group.image_slots >= 0, group.image_slots + self.images * visual_tokens, -1),
             region_slots=shift(group.region_slots >= 0, group.region_slots + self.regions, -1),
             soft_slots=group.soft_slots,
+            tag_slots=_tag_slots(group),
             target_from=predicted_from + self.tokens,
             target_ids=target,
             target_leaf=leaf + self.leaves,
@@ -118,6 +122,15 @@ class _Row:
         self.images += len(group.pixel_values)
         self.regions += sum(len(b) for b in group.boxes)
         self.leaves += len(group.leaf_weight)
+
+
+def _tag_slots(group: EncodedGroup) -> np.ndarray:
+    """Tokens of tags, bool[T]; a group without a soft prompt lists none. ValueError where tags may be unmarked."""
+    if group.tag_slots is not None:
+        return group.tag_slots
+    if group.soft_slots.any():
+        raise ValueError(f"group of {group.sample_ids[:1]}: lists tags and does not say where")
+    return np.zeros(group.num_tokens, np.bool_)
 
 
 def _stacked(pixels: Sequence[np.ndarray]) -> np.ndarray:
@@ -204,6 +217,7 @@ def collate(
         image_slots=padded(a["image_slots"], -1),
         region_slots=padded(a["region_slots"], -1),
         soft_slots=padded(a["soft_slots"], 0).bool(),
+        tag_slots=padded(a["tag_slots"], 0).bool(),
         instruction_ids=instruction_ids,
         instruction_mask=instruction_mask,
         target_from=torch.from_numpy(a["target_from"]),
@@ -253,6 +267,7 @@ def _missing_row(image_size: int, seed: int, pad_id: int) -> Batch:
         image_slots=torch.full((1,), -1),
         region_slots=torch.full((1,), -1),
         soft_slots=torch.zeros(1, dtype=torch.bool),
+        tag_slots=torch.zeros(1, dtype=torch.bool),
         instruction_ids=torch.zeros((0, 0), dtype=torch.int64),
         instruction_mask=torch.zeros((0, 0), dtype=torch.bool),
         target_from=none,

@@ -15,8 +15,9 @@ import torch
 from eventlens_ds.data.records import Batch
 
 Control = Literal["none", "blank", "permute_regions"]
-"""none: as is. blank: grey pixels and no region reaches the text. permute_regions: the boxes of every image trade
-places, so each mention is linked to the feature of another region; an image with one region stays as it is (see
+"""none: as is. blank: grey pixels, no region reaches the text, and every token of a tag is the same one, as tags come
+from the picture too; how many tokens they take stays, as object names stay. permute_regions: the boxes of every image
+trade places, so each mention is linked to the feature of another region; an image with one region stays as it is (see
 `permutable`)."""
 
 CONTROLS: tuple[Control, ...] = get_args(Control)
@@ -27,6 +28,7 @@ def apply_control(batch: Batch, control: Control) -> Batch:
     if control == "blank":
         return replace(
             batch,
+            input_ids=_without_tags(batch),
             pixel_values=torch.zeros_like(batch.pixel_values),
             region_slots=torch.full_like(batch.region_slots, -1),
             regions_used=0,
@@ -35,6 +37,16 @@ def apply_control(batch: Batch, control: Control) -> Batch:
     if control == "permute_regions":
         return replace(batch, boxes=_permuted(batch))
     return batch
+
+
+def _without_tags(batch: Batch) -> torch.Tensor:
+    """input_ids with the token of the soft prompt, which stands for nothing, in place of the tags behind it."""
+    if not batch.soft_slots.any():
+        return batch.input_ids
+    if batch.tag_slots is None or batch.tag_slots.shape != batch.soft_slots.shape:
+        raise ValueError("the row lists tags and does not say where: blank cannot hide them")
+    nothing = batch.input_ids[0, batch.soft_slots][0]
+    return torch.where(batch.tag_slots[None], nothing, batch.input_ids)
 
 
 def _permuted(batch: Batch) -> torch.Tensor:

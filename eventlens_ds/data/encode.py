@@ -114,6 +114,7 @@ class _Segments:
     image_slots: list[int] = field(default_factory=list)
     region_slots: list[int] = field(default_factory=list)
     soft_slots: list[bool] = field(default_factory=list)
+    tag_slots: list[bool] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     bounds: list[tuple[int, int]] = field(default_factory=list)
 
@@ -134,6 +135,7 @@ class _Segments:
                 self.image_slots += range(first, first + tokens)
                 self.region_slots += [-1] * tokens
                 self.soft_slots += [False] * tokens
+                self.tag_slots += [False] * tokens
                 continue
             if piece.soft:
                 self._token(self.tokenizer.pad, soft=True)
@@ -144,6 +146,7 @@ class _Segments:
             self.image_slots += [-1] * len(ids)
             self.region_slots += [-1] * (len(ids) - linked) + [piece.region] * linked
             self.soft_slots += [False] * len(ids)
+            self.tag_slots += [piece.tag >= 0] * len(ids)
             if piece.region >= 0 and self.spec.linking == "insert":
                 self._token(self.tokenizer.pad, region=piece.region)
         if leaf:
@@ -157,6 +160,7 @@ class _Segments:
         self.image_slots.append(-1)
         self.region_slots.append(region)
         self.soft_slots.append(soft)
+        self.tag_slots.append(False)
 
 
 ImageLoader = Callable[[int], Resized]
@@ -211,6 +215,7 @@ def encode(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec, load_image
         sample_ids=[sample.id for sample in group.samples],
         skipped=skipped,
         regions_annotated=sum(len(image.regions) for image in group.images),
+        tag_slots=np.asarray(segments.tag_slots, np.bool_),
     )
 
 

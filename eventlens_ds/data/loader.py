@@ -32,6 +32,7 @@ from eventlens_ds.data.lengths import GroupIndex, SampleTable, group_index, samp
 from eventlens_ds.data.plan import GroupTable, Plan, draw
 from eventlens_ds.data.records import TASKS, Batch, EncodedGroup, Group
 from eventlens_ds.data.shards import ShardSet
+from eventlens_ds.data.tag_noise import TagNoise
 from eventlens_ds.data.tokenizer import PieceTokenizer
 from eventlens_ds.data.workers import leave_with_parent
 from eventlens_ds.errors import DataError, UserError
@@ -75,6 +76,8 @@ class RunData:
                 raise DataError(f"{folder}/{split}: holds no sample of the tasks {', '.join(self.tasks)}")
             self.tables.append(table)
             self.groups.append(groups)
+        noisy = config.tag_noise and spec.style.tag_tokens >= 0
+        self.tag_noise = TagNoise(config.tag_noise, self.shards, tokenizer) if noisy else None
 
     def group_tables(self) -> list[GroupTable]:
         """What the plan needs to know."""
@@ -121,6 +124,7 @@ class RunData:
         encoded, keys = [], []
         for table, number in members:
             group = self.group(table, number)
+            group = self.tag_noise(group, seed) if self.tag_noise else group
             made = self.encode(group, table, number, raw=True)
             made.pixel_values = [self._as_bytes(pixels) for pixels in made.pixel_values]
             planned = int(self.groups[table].lengths[number])

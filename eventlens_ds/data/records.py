@@ -153,6 +153,8 @@ class EncodedGroup:
     """(sample id, reason) of samples whose loss weight was set to zero."""
     regions_annotated: int = 0
     """Regions of the images of the group, whether or not they are encoded."""
+    tag_slots: np.ndarray | None = None
+    """bool[T]: tokens of listed tags; None where nobody marked them."""
 
     @property
     def num_tokens(self) -> int:
@@ -211,6 +213,8 @@ class Batch:
     """Index of the (first) image of every sample."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     real_tokens: int = 0
+    tag_slots: torch.Tensor | None = None
+    """bool[T]: tokens of listed tags, which the control blank hides; None where nobody marked them."""
     """Tokens before padding; 0 marks a missing row, which is run and weighted zero."""
     regions_used: int = 0
     """Regions that a region slot names."""

@@ -97,7 +97,7 @@ def eval_data(
 
     Raises DataError when the split holds no sample of the tasks.
     """
-    rows = replace(config.data, row_tokens=config.eval.row_tokens or config.data.row_tokens)
+    rows = replace(config.data, row_tokens=config.eval.row_tokens or config.data.row_tokens, tag_noise=0.0)
     return RunData(
         [folder],
         split,

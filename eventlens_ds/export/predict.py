@@ -44,11 +44,13 @@ def main(
     question: str | None = None,
     choices: Sequence[str] = (),
     events: bool = False,
+    tags: Sequence[str] | None = None,
 ) -> str:
     """The answer as text. boxes: (class name, xyxy in pixels as displayed); texts mention them as [1] or person1.
 
     With choices their scores (mean log-likelihood per token), the best marked; without, a greedy answer; with events
-    place, event, intent, before and after, each generated given the ones before. Raises UserError for what does not
+    place, event, intent, before and after, each generated given the ones before. tags: of the image, the surest first,
+    for a model with a soft prompt. Raises UserError for what does not
     fit, DataError for a folder or image that cannot be read.
     """
     if bool(question) == events:
@@ -57,7 +59,9 @@ def main(
         raise UserError("choices belong to a question, not to events")
     for text in (question or "", *choices):
         parse_mentions(text, [name for name, _ in boxes])
-    asked = Asked(model, image, boxes)
+    if tags is not None and not tags:
+        raise UserError("--tags: names no tag; leave it out to ask without tags")
+    asked = Asked(model, image, boxes, tags or ())
     if events:
         told = asked.events()
         notes = [(name, told[name]) for name in ("place", "event", "before", "intent", "after")]
@@ -80,7 +84,7 @@ def main(
 class Asked:
     """A loaded model with one image and its boxes."""
 
-    def __init__(self, model: Path, image: Path, boxes: Sequence[NamedBox]) -> None:
+    def __init__(self, model: Path, image: Path, boxes: Sequence[NamedBox], tags: Sequence[str] = ()) -> None:
         self.image = image
         self.names = [name for name, _ in boxes]
         self.boxes = [corners for _, corners in boxes]
@@ -90,6 +94,13 @@ class Asked:
         self.pixels = _pixels(image, size if boxes else None)
         self.device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
         self.model, self.processor = load(model, self.device)
+        self.tags = tuple(tags)
+        if tags and self.processor.tag_tokens < 0:
+            raise UserError(
+                f"--tags: {model} was trained without a soft prompt (model.soft_prompt), tags do not reach it"
+            )
+        if left := self.processor.tags_left_out(self.tags):
+            log.warning("%d of %d tags do not fit data.tag_tokens %d", left, len(tags), self.processor.tag_tokens)
 
     def scores(self, question: str, choices: Sequence[str]) -> list[float]:
         """Mean log-likelihood per token of every choice."""
@@ -133,7 +144,7 @@ class Asked:
         return (RegionRef(0, self.names.index("person") if "person" in self.names else 0),)
 
     def _group(self, **what: Any) -> Group:
-        return self.processor.group(self.image, self.boxes, self.names, **what)
+        return self.processor.group(self.image, self.boxes, self.names, tags=self.tags, **what)
 
     def _continue(self, group: Group) -> str:
         forward: Callable[..., Any] = self.model

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,9 +31,22 @@ LEVELS = ("region_level", "image_level")
 """Adapters of a mixture, in LION's order; its kinds of task have the same names."""
 
 
+class Usage(NamedTuple):
+    """What the tokens of one rank chose among E adapters, as sums that ranks can add.
+
+    mass float64[tasks, E]: tokens of each task, shared out over the adapters they take; a token that passes by all
+    adapters counts nowhere. entropy float64[tasks]: the entropy of a token's choice in nats, summed over tokens."""
+
+    mass: torch.Tensor
+    entropy: torch.Tensor
+
+
 class Adapters(nn.Module):
     """Bottleneck adapters with names; parameters are called <name>_down, <name>_up, ... `backend` of the op (None:
-    chosen per device) is set by RegionVLM.choose_kernels. Subclasses say which adapter a token takes."""
+    chosen per device) is set by RegionVLM.choose_kernels. Subclasses say which adapter a token takes, and `usage` of
+    it for telemetry; `by_layer` is False where every layer chooses alike."""
+
+    by_layer = True
 
     def __init__(self, names: Sequence[str], width: int, bottleneck: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -64,6 +77,25 @@ class Adapters(nn.Module):
         """The gate of every token from its task id (index into records.TASKS)."""
         raise NotImplementedError
 
+    def watch(self, on: bool) -> None:
+        """Count the choices of forwards from here on, for `usage`. Nothing to count where the task decides alone."""
+
+    def usage(self, task_tokens: torch.Tensor) -> Usage:
+        """What tokens, float64[tasks] by task, chose. Under ZeRO-3 call it with `usage_parameters` gathered.
+
+        A router that looks at tokens returns instead what it counted since `watch(True)`."""
+        shares = self.shares().to(task_tokens.device)
+        mass = task_tokens[:, None] * shares
+        return Usage(mass, task_tokens * torch.special.entr(shares).sum(1))
+
+    def usage_parameters(self) -> list[nn.Parameter]:
+        """The parameters that `usage` reads."""
+        return []
+
+    def shares(self) -> torch.Tensor:
+        """float64[tasks, E]: the share that each adapter has in a token of each task; zeros where none has."""
+        raise NotImplementedError
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor, task_ids_T: torch.Tensor) -> torch.Tensor:
         """x, residual [..., T, D] -> residual + what the adapters of each token's task add."""
         down, down_bias, up, up_bias, scale = (
@@ -76,6 +108,11 @@ class Adapters(nn.Module):
 
 class TaskAdapters(Adapters):
     """One adapter per task of `names`; a token of any other task passes by them all."""
+
+    by_layer = False
+
+    def shares(self) -> torch.Tensor:
+        return torch.tensor([[float(task == name) for name in self.names] for task in TASKS], dtype=torch.float64)
 
     def gates(self, task_ids_T: torch.Tensor) -> TaskOneHot:
         return TaskOneHot(_lookup(task_ids_T, [self.names.index(t) if t in self.names else -1 for t in TASKS]))
@@ -100,6 +137,20 @@ class AdapterMixture(Adapters):
     def gates(self, task_ids_T: torch.Tensor) -> TaskVectors:
         levels = _lookup(task_ids_T, [LEVELS.index(level_of(task)) for task in TASKS])
         return TaskVectors(torch.stack([getattr(self, f"gate_{level}") for level in LEVELS]), levels)
+
+    def usage_parameters(self) -> list[nn.Parameter]:
+        return [getattr(self, f"gate_{level}") for level in LEVELS]
+
+    def gate_values(self) -> dict[str, torch.Tensor]:
+        """By level float64[E, 2]: mean and standard deviation over the channels of each adapter's gate."""
+        gates = [gate.detach().double() for gate in self.usage_parameters()]
+        return {level: torch.stack([g.mean(1), g.std(1, correction=0)], 1) for level, g in zip(LEVELS, gates)}
+
+    def shares(self) -> torch.Tensor:
+        """By the mean |gate| of each adapter: gates have no fixed sum."""
+        size = torch.stack([gate.detach().double().abs().mean(1) for gate in self.usage_parameters()])
+        by_level = size / size.sum(1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
+        return by_level[[LEVELS.index(level_of(task)) for task in TASKS]]
 
 
 def level_of(task: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from eventlens_ds.data import boxes as box_math
 from eventlens_ds.data import transforms
 from eventlens_ds.data.collate import collate
-from eventlens_ds.data.encode import EncodeSpec, Linking, VisionSpec, encode
+from eventlens_ds.data.encode import EncodeSpec, Linking, VisionSpec, encode, rendered_group
 from eventlens_ds.data.prompts import RELATION_QUESTIONS, PromptStyle
 from eventlens_ds.data.records import Batch, Box, Group, ImageRecord, Region, RegionRef, Sample, Tokens
 from eventlens_ds.data.tokenizer import PieceTokenizer
@@ -103,14 +104,16 @@ class RegionVLMProcessor(ProcessorMixin):
         relation: str = "",
         event: str | Tokens = (),
         place: str | Tokens = (),
+        tags: Sequence[str] = (),
     ) -> Batch:
         """A row of one sample: a question (scored against `choices`, or to be continued) or a relation of an event.
 
         boxes [R, 4] xyxy in pixels of the image as displayed; names one class each, e.g. "person". relation is place,
-        event, intent, before or after; event and place are what the last three are conditioned on. Raises UserError
-        for a mention or box that does not fit, DataError for an image that cannot be decoded.
+        event, intent, before or after; event and place are what the last three are conditioned on. tags of the image,
+        the surest first, need a model with a soft prompt. Raises UserError
+        for a mention or box that does not fit and for tags without one, DataError for an image that cannot be decoded.
         """
-        group = self.group(image, boxes, names, question, choices, relation, event, place)
+        group = self.group(image, boxes, names, question, choices, relation, event, place, tags)
         return self.encode(group, image)
 
     def group(
@@ -123,11 +126,14 @@ class RegionVLMProcessor(ProcessorMixin):
         relation: str = "",
         event: str | Tokens = (),
         place: str | Tokens = (),
+        tags: Sequence[str] = (),
     ) -> Group:
         """The structured sample behind `__call__`. Without choices its only continuation is empty."""
         if bool(question) == bool(relation):
             raise UserError("give either a question or a relation")
-        record = image_record(picture_size(image), boxes, names)
+        if tags and self.tag_tokens < 0:
+            raise UserError(f"tags {', '.join(tags)[:60]}: the model was trained without a soft prompt")
+        record = replace(image_record(picture_size(image), boxes, names), tags=tuple(tags))
         turns: list[tuple[str, Tokens]] = []
         targets: tuple[Tokens, ...] = ()
         candidates: tuple[Tokens, ...] = ()
@@ -145,6 +151,13 @@ class RegionVLMProcessor(ProcessorMixin):
         task = "event" if relation else "vcr_answer"
         sample = Sample("asked", "user", task, (record.key,), tuple(turns), targets, candidates)
         return Group(task, (record,), (sample,))
+
+    def tags_left_out(self, tags: Sequence[str]) -> int:
+        """How many of these tags the budget of the prompt cuts off."""
+        record = ImageRecord("image", "image", 1, 1, (), tags=tuple(tags))
+        sample = Sample("asked", "user", "vqa", ("image",), (("question", ("?",)),), ((),))
+        pieces = rendered_group(Group("vqa", (record,), (sample,)), self.pieces, self.spec).prefix
+        return len(tags) - sum(piece.tag >= 0 for piece in pieces) if self.tag_tokens >= 0 else 0
 
     def encode(self, group: Group, image: Picture) -> Batch:
         """A group on one image as a row. Raises DataError when the image cannot be decoded."""

@@ -15,7 +15,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from eventlens_ds.train.engine import Trainable, set_lr
 from eventlens_ds.train.flops import StepFlops
 from eventlens_ds.train.metrics import RunLog, StepMetrics, memory_bytes, mfu, sample_hash
 from eventlens_ds.train.preempt import StopFlag
+from eventlens_ds.train.routing import Routing, RoutingProbe
 from eventlens_ds.train.schedule import lr_factor
 from eventlens_ds.train.skipped import SkippedLog, gather_skipped
 from eventlens_ds.train.state import TrainState
@@ -108,8 +109,7 @@ def train(
     batches = micro_batches(data, plan, config, world, state.step)
     ledger = _Ledger(run_dir, world.rank) if config.train.ledger else None
     micro_steps = -(-config.train.rows_per_step // world.size)
-    audit = Audit(trainable.engine.module)
-
+    audit, probe = Audit(trainable.engine.module), RoutingProbe(trainable.engine.module)
     first_step = state.step + 1
     while state.step < config.train.steps:
         started = time.monotonic()
@@ -119,7 +119,9 @@ def train(
         lr = config.train.lr * lr_factor(step, config.train)
         set_lr(trainable.engine, lr)
         calls = [plan.vision_calls(step, micro, world.size, config.train.vision_chunk) for micro in range(micro_steps)]
+        logged = probe.watch(_logged(step + 1, config))
         report = optimizer_step(trainable.engine, step_rows, calls, config, world, waited, stop_flag.raised)
+        routing = probe.read(step_rows, world.device) if logged else None
         state.step += 1
         state.samples_read += report.samples
         state.samples_skipped += report.skipped
@@ -133,8 +135,8 @@ def train(
             _check_budget(run_dir, state, config)
         if ledger:
             ledger.write(step, step_rows)
-        if writers:
-            _report(writers, report, plan, data, state, lr, time.monotonic() - started, world, config)
+        if writers and logged:
+            _report(writers, report, routing, probe, plan, data, state, lr, time.monotonic() - started, world, config)
         due = config.train.eval_every and state.step % config.train.eval_every == 0
         best = evaluate(state) if due else False
         last = state.step == config.train.steps
@@ -231,9 +233,15 @@ def _norm_without_zero(engine: Any) -> float | None:
     return float(torch.nn.utils.get_total_norm(grads)) if grads else None
 
 
+def _logged(step: int, config: RunConfig) -> bool:
+    return step % config.train.log_every == 0 or step in (1, config.train.steps)
+
+
 def _report(
     writers: Writers,
     report: StepReport,
+    routing: Routing | None,
+    probe: RoutingProbe,
     plan: Plan,
     data: RunData,
     state: TrainState,
@@ -242,8 +250,6 @@ def _report(
     world: World,
     config: RunConfig,
 ) -> None:
-    if state.step % config.train.log_every and state.step != 1 and state.step != config.train.steps:
-        return
     rows = plan.step(state.step - 1)
     ids = (sample.id for row in rows for member in row.groups for sample in data.group(*member).samples)
     gpu = torch.cuda.get_device_name() if world.device != "cpu" else None
@@ -263,10 +269,15 @@ def _report(
         mfu=mfu(flops, seconds, world.size, gpu, config.train.dtype)[0],
         memory=memory_bytes(world.device),
         sample_hash=sample_hash(ids),
+        routing=asdict(routing) if routing else None,
     )
     writers.run_log.append(metrics)
     if writers.board:
         writers.board.step(metrics)
+    if routing and writers.board:
+        writers.board.routing(state.step, routing)
+    if routing:
+        probe.collapse.add(state.step, routing)
 
 
 def _check_budget(run_dir: Path, state: TrainState, config: RunConfig) -> None:

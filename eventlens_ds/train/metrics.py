@@ -56,6 +56,7 @@ class StepMetrics:
     that a mention or an object list of the step links to, `regions_unused` the other regions of its images (P6),
     an image once per group of samples on it. `data_wait` is the part of
     `step_time` spent waiting for the loader, largest over ranks. `mfu` is None where `mfu()` gives a reason.
+    `routing` is a `train.routing.Routing` as a dict, None for a model without adapters.
     """
 
     step: int
@@ -72,6 +73,7 @@ class StepMetrics:
     mfu: float | None
     memory: int
     sample_hash: str
+    routing: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """One JSON line. NaN and infinities, which JSON lacks, become null and are named under "nonfinite"."""
@@ -273,6 +275,10 @@ def _finite(fields: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], l
     for name, value in fields.items():
         if isinstance(value, dict):
             clean[name], inner = _finite(value, f"{prefix}{name}.")
+            odd += inner
+        elif isinstance(value, list):
+            numbered, inner = _finite({str(i): item for i, item in enumerate(value)}, f"{prefix}{name}.")
+            clean[name] = list(numbered.values())
             odd += inner
         elif isinstance(value, float) and not math.isfinite(value):
             clean[name] = None

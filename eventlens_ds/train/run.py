@@ -27,6 +27,7 @@ from eventlens_ds.data.loader import RunData
 from eventlens_ds.data.plan import Plan
 from eventlens_ds.data.prompts import PROMPT_VERSION
 from eventlens_ds.data.records import TASKS
+from eventlens_ds.data.tag_counts import require_tags
 from eventlens_ds.data.tokenizer import PieceTokenizer
 from eventlens_ds.errors import DataError, UserError
 
@@ -78,7 +79,7 @@ def _prepare(config: RunConfig) -> _Prepared:
 def training_data(config: RunConfig, tokenizer: PieceTokenizer, spec: EncodeSpec) -> RunData:
     from eventlens_ds.runtime.build_model import tokenizer_path
 
-    return RunData(
+    made = RunData(
         config.data.train,
         config.data.split,
         config=config.data,
@@ -88,6 +89,9 @@ def training_data(config: RunConfig, tokenizer: PieceTokenizer, spec: EncodeSpec
         tasks=config.data.tasks,
         limit=config.data.limit,
     )
+    if spec.style.tag_tokens >= 0:
+        require_tags(config.data.train, made.shards, tokenizer, spec.style.tag_tokens)
+    return made
 
 
 def tasks_of(data: RunData) -> list[str]:

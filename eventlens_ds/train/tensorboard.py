@@ -16,13 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from eventlens_ds.train.heat_map import heat_map
 from eventlens_ds.train.metrics import StepMetrics
+from eventlens_ds.train.routing import Routing
 
 log = logging.getLogger(__name__)
 
 
 class Board:
-    """Event files of one attempt, on rank 0 only. Namespaces: train/, eval/, perf/, opt/, data/.
+    """Event files of one attempt, on rank 0 only. Namespaces: train/, eval/, perf/, opt/, data/, router/ (means over
+    layers, and the heat map), router_layers/.
 
     `first_step` is the first step a resumed attempt writes (None for a new run): viewers drop older points at it and
     after it. Opening may wait up to a second, because viewers order event files by the second in their names.
@@ -52,6 +55,12 @@ class Board:
         if m.mfu is not None:
             values["perf/mfu"] = m.mfu
         self.scalars(m.step, values)
+
+    def routing(self, step: int, routing: Routing) -> None:
+        """The adapters of a logged step: scalars, and by_task as a picture under router/by_task."""
+        self.scalars(step, routing.scalars())
+        if routing.by_task:
+            self._writer.add_image("router/by_task", heat_map(routing), step, dataformats="HWC")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Values under their full tags, e.g. {"opt/lr/adapters": 1e-4}."""

@@ -167,3 +167,10 @@ def test_a_folder_without_a_tensor_is_refused(exported: Path, picture: Path, tmp
     (broken / "config.json").write_text("{")
     with pytest.raises(DataError, match="cannot be loaded"):
         predict.main(broken, picture, question="why?")
+
+
+def test_tags_of_a_model_without_a_soft_prompt_are_refused(exported: Path, picture: Path) -> None:
+    with pytest.raises(UserError, match="--tags: .* was trained without a soft prompt"):
+        predict.main(exported, picture, question="Why?", tags=["dog"])
+    with pytest.raises(UserError, match="--tags: names no tag"):
+        predict.main(exported, picture, question="Why?", tags=[])
