@@ -219,7 +219,7 @@ class IOConfig:
     run: str = "runs/default"
     """Run folder; all output of the run is below it."""
     init_from: str = ""
-    """Run or checkpoint whose weights start this stage (--init-from)."""
+    """Run, checkpoint or folder of `eventlens convert` whose weights start this stage (--init-from)."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest checkpoint that verifies; never: refuse a run folder that has any."""
     tensorboard: bool = True

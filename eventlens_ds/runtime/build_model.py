@@ -76,9 +76,13 @@ def new_model(config: RunConfig, architecture: RegionVLMConfig, settings: dict[s
 
 
 def weights_of_run(model: nn.Module, source: str) -> weights.LoadReport:
-    """--init-from: weights of a run or checkpoint, read by rank 0 alone. A collective.
+    """--init-from: weights of a run or checkpoint, read by rank 0 alone, or of a folder of `eventlens convert`. A
+    collective.
 
-    Raises DataError when nothing there verifies, and for LoRA that this model has no place for."""
+    Raises DataError when nothing there verifies, for LoRA that this model has no place for, and for a converted part
+    that does not fit."""
+    if (Path(source) / folders.CONVERTED).is_file():
+        return folders.load_parts(model, folders.read_folder(Path(source)), source)
     path = commit.resolve(Path(source))
     if path is None:
         raise DataError(f"--init-from {source}: holds no checkpoint")
