@@ -157,7 +157,7 @@ def _add_use(commands: Any) -> None:
     convert.add_argument("source", type=Path, metavar="SOURCE", help=".pth, .bin or .safetensors file, or folder")
     convert.add_argument("--from", dest="kind", required=True, choices=("lion", "instructblip", "eva"))
     convert.add_argument("--out", type=Path, metavar="DIR", help="for --init-from DIR; default: only print the map")
-    convert.add_argument("--leave-out", default="", metavar="A,B", help="beginnings of published names not wanted")
+    convert.add_argument("--leave-out", default="", metavar="A,B", help="beginnings of names not wanted")
     convert.add_argument("--heads", type=int, default=16, metavar="N", help="of a tower without config.json (16)")
     convert.add_argument("--config", metavar="RECIPE", help="recipe whose model every tensor must fit")
     predict = _add(commands, "predict", _predict, "ask an exported model about one image")

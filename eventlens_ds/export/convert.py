@@ -78,9 +78,9 @@ def main(
 ) -> int:
     """Print the map and write OUT (None: only print). Returns 0.
 
-    leave_out: beginnings of published names that are not wanted. heads: of the tower, when the source is a bare file.
-    config: a run that OUT is meant for; every tensor must fit its model. Raises DataError for tensors without a place,
-    of a wrong shape or missing, UserError for an OUT that is not empty.
+    leave_out: beginnings of names, published or ours, that are not wanted. heads: of the tower, when the source is a
+    bare file. config: a run that OUT is meant for; every tensor must fit its model. Raises DataError for tensors
+    without a place, of a wrong shape or missing, UserError for an OUT that is not empty.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there and not empty; name a new folder")
@@ -102,9 +102,6 @@ def convert(kind: str, source: Path, leave_out: Sequence[str] = ()) -> Converted
     published = _read(source)
     left_out = [name for name in published if leave_out and name.startswith(tuple(leave_out))]
     computed = [name for name in published if name.endswith(folders.COMPUTED) and name not in left_out]
-    for prefix in leave_out:
-        if not any(name.startswith(prefix) for name in published):
-            raise UserError(f"--leave-out {prefix}: no tensor of {source} begins so")
     apart = {*left_out, *computed}
     try:
         names = KINDS[kind](name for name in published if name not in apart)
@@ -118,6 +115,12 @@ def convert(kind: str, source: Path, leave_out: Sequence[str] = ()) -> Converted
             tensors[ours], sources[ours] = join(parts) if join.kind else parts[0], join.sources
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
+    for prefix in leave_out:
+        if not any(name.startswith(prefix) for name in (*published, *tensors)):
+            raise UserError(f"--leave-out {prefix}: no tensor of {source} begins so")
+    for ours in [name for name in tensors if leave_out and name.startswith(tuple(leave_out))]:
+        left_out += sources.pop(ours)
+        del tensors[ours]
     if not tensors:
         raise DataError(f"{source}: holds no tensor of {kind}; its first is {next(iter(published), 'none')}")
     found = Converted(tensors, sources, computed, left_out, names.unmatched)
@@ -211,7 +214,7 @@ def _configs(source: Path, found: Converted, heads: int) -> Callable[[str], dict
             return (whole.vision_config if where == "vision" else whole.text_config).to_dict()
         if where == "vision":
             return tower_config(found.tensors, heads)
-        raise DataError(f"{source}: holds a language model and no config.json: --leave-out t5_model.")
+        raise DataError(f"{source}: holds a language model and no config.json: --leave-out {LANGUAGE}.")
 
     return of
 

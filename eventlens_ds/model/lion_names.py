@@ -110,7 +110,8 @@ def from_lion(names: Iterable[str]) -> NameMap:
     router_names = [name for name in names if _ROUTER.fullmatch(name)]
     tower, adapters = from_eva(tower_names, _TOWER), _from_routers(router_names)
     apart = {*tower_names, *router_names}
-    rest = _place([n for n in names if n not in apart], modules, layers, {"t5_model.": f"{LANGUAGE}."})
+    prefixes = {"t5_model.": f"{LANGUAGE}.", "soft_prompt_hint": SOFT_PROMPT}
+    rest = _place([n for n in names if n not in apart], modules, layers, prefixes)
     lost = {*rest.unmatched, *tower.unmatched, *adapters.unmatched}
     mapped = {**tower.mapped, **adapters.mapped, **rest.mapped}
     return NameMap(
@@ -219,8 +220,6 @@ def _place(
 def _target(name: str, modules: dict[str, str], layers: Iterable[_Layers], prefixes: dict[str, str]) -> str | None:
     if name == "query_tokens":
         return f"{QFORMER}.query_tokens"
-    if name == "soft_prompt_hint":
-        return SOFT_PROMPT
     for source, target in prefixes.items():
         if name.startswith(source):
             return target + name[len(source) :]
