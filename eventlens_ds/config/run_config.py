@@ -61,6 +61,9 @@ class QFormerConfig:
     instruction_tokens: int = 128
     """Tokens of the question it reads, the last ones of a longer question; 0: none, and questions of an image may
     share their prefix."""
+    tokenizer_path: str = ""
+    """Folder of the BERT tokenizer that a published Q-Former reads questions with ([CLS] and [SEP] count among
+    instruction_tokens); empty: the language model's tokenizer."""
 
 
 @dataclass(frozen=True)

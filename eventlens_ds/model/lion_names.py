@@ -122,7 +122,7 @@ def from_lion(names: Iterable[str]) -> NameMap:
 
 
 _TOWER = "visual_encoder."
-_ROUTER = re.compile(r"t5_model\.(encoder|decoder)\.block\.(\d+)\.layer\.([12])\.adapter\.(.+)")
+_ROUTER = re.compile(r"t5_model\.(encoder|decoder)\.block\.(\d+)\.layer\.(\d+)\.adapter\.(.+)")
 """An adapter lies in a block's FFN: layer 1 in the encoder, 2 in the decoder."""
 _ADAPTER = {
     "down_proj.weight": "down", "down_proj.bias": "down_bias", "up_proj.weight": "up", "up_proj.bias": "up_bias",

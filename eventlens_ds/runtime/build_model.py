@@ -57,7 +57,7 @@ def describe(config: RunConfig, *, dry: bool = False) -> tuple[RegionVLMConfig, 
     )
     tag_tokens = config.data.tag_tokens if config.model.soft_prompt else -1
     style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens)
-    return architecture, tokenizer, encode_spec(architecture, style)
+    return architecture, tokenizer, encode_spec(architecture, style, config.model.qformer.tokenizer_path)
 
 
 def new_model(config: RunConfig, architecture: RegionVLMConfig, settings: dict[str, Any]) -> RegionVLM:
