@@ -173,7 +173,7 @@ def model_config(
         visual_pool=model.visual_pool or (known.visual_pool if vision is known.vision else 1),
         visual_input=model.visual_input,
         aggregator={**asdict(model.aggregator), "heads": model.aggregator.heads or vision.num_attention_heads},
-        qformer=_qformer(model.qformer, text.vocab_size),
+        qformer=qformer_shape(model.qformer, text.vocab_size),
         soft_prompt=model.soft_prompt,
         linking=model.linking,
         roi={**asdict(model.roi), "levels": list(model.roi.levels or (level,))},
@@ -194,7 +194,7 @@ def encode_spec(config: RegionVLMConfig, style: PromptStyle, question_folder: st
     return EncodeSpec(vision, cast(Linking, config.linking), style, instruction_tokens, question_tokenizer=folder)
 
 
-def _qformer(qformer: QFormerConfig, vocabulary: int) -> dict[str, Any]:
+def qformer_shape(qformer: QFormerConfig, vocabulary: int) -> dict[str, Any]:
     """The Q-Former of a run, with as many words as its tokenizer has. The tokenizer's folder is no part of it."""
     shape = asdict(qformer)
     folder = shape.pop("tokenizer_path")

@@ -43,7 +43,8 @@ class RegionVLMProcessor(ProcessorMixin):
 
     image_size in pixels per side; visual_tokens per image; linking add | insert | none; list_objects and event_context
     as in config.DataConfig; tag_tokens of a soft prompt (-1: none) and instruction_tokens of a Q-Former (0: none), read
-    with the tokenizer in the folder question_tokenizer (empty: the language model's). They must be those of training, so a processor is made by `eventlens export` or `from_spec`, rarely by hand.
+    with the tokenizer in the folder question_tokenizer (empty: the language model's). They must be those of training,
+    so a processor is made by `eventlens export` or `from_spec`, rarely by hand.
     """
 
     def __init__(
