@@ -43,7 +43,7 @@ class RegionVLMProcessor(ProcessorMixin):
 
     image_size in pixels per side; visual_tokens per image; linking add | insert | none; list_objects and event_context
     as in config.DataConfig; tag_tokens of a soft prompt (-1: none) and instruction_tokens of a Q-Former (0: none), read
-    with the tokenizer in the folder question_tokenizer (empty: the language model's). They must be those of training,
+    with the tokenizer in the folder question_words (empty: the language model's). They must be those of training,
     so a processor is made by `eventlens export` or `from_spec`, rarely by hand.
     """
 
@@ -59,7 +59,7 @@ class RegionVLMProcessor(ProcessorMixin):
         event_context: str = "event",
         tag_tokens: int = -1,
         instruction_tokens: int = 0,
-        question_tokenizer: str = "",
+        question_words: str = "",
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
@@ -67,7 +67,7 @@ class RegionVLMProcessor(ProcessorMixin):
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.linking, self.list_objects, self.event_context = linking, list_objects, event_context
         self.tag_tokens, self.instruction_tokens = tag_tokens, instruction_tokens
-        self.question_tokenizer = question_tokenizer
+        self.question_words = question_words
         self._pieces: PieceTokenizer | None = None
 
     @classmethod
@@ -84,7 +84,7 @@ class RegionVLMProcessor(ProcessorMixin):
             event_context=spec.style.event_context,
             tag_tokens=spec.style.tag_tokens,
             instruction_tokens=spec.instruction_tokens,
-            question_tokenizer=spec.question_tokenizer,
+            question_words=spec.question_tokenizer,
         )
 
     @property
@@ -93,25 +93,25 @@ class RegionVLMProcessor(ProcessorMixin):
         style = PromptStyle(self.list_objects, cast(Any, self.event_context), self.tag_tokens)
         vision = VisionSpec(self.image_size, self.visual_tokens, mean, std)
         linking = cast(Linking, self.linking)
-        questions = self.question_tokenizer
+        questions = self.question_words
         return EncodeSpec(vision, linking, style, self.instruction_tokens, question_tokenizer=questions)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As ProcessorMixin; a tokenizer of questions goes into a folder of its own, and no path of this machine."""
-        own = self.question_tokenizer
+        own = self.question_words
         if own:
             question_tokenizer(own).hf.save_pretrained(Path(save_directory) / QUESTIONS)
-            self.question_tokenizer = QUESTIONS
+            self.question_words = QUESTIONS
         try:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:
-            self.question_tokenizer = own
+            self.question_words = own
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         made = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if made.question_tokenizer:
-            made.question_tokenizer = str(Path(pretrained_model_name_or_path) / QUESTIONS)
+        if made.question_words:
+            made.question_words = str(Path(pretrained_model_name_or_path) / QUESTIONS)
         return made
 
     @property

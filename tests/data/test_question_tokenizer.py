@@ -86,7 +86,7 @@ def test_the_setting_reaches_rows_model_lengths_and_processor(world_folder: Path
     processor.save_pretrained(tmp_path)
     assert str(bert) not in (tmp_path / "processor_config.json").read_text()
     loaded = RegionVLMProcessor.from_pretrained(tmp_path)
-    assert loaded.question_tokenizer == str(tmp_path / "question_tokenizer")
+    assert loaded.question_words == str(tmp_path / "question_tokenizer")
     picture = np.zeros((48, 48, 3), np.uint8)
     rows = [p(picture, question="why is the dog here?") for p in (processor, loaded)]
     assert rows[0].instruction_ids.tolist() == rows[1].instruction_ids.tolist()
