@@ -154,6 +154,14 @@ def _add_use(commands: Any) -> None:
     export.add_argument("run", type=Path, metavar="RUN", help="run folder or checkpoint")
     export.add_argument("out", type=Path, metavar="OUT")
     export.add_argument("--peft", action="store_true", help="LoRA as a PEFT folder, other parts beside it, no base")
+    convert = _add(commands, "convert", _convert, "published LION or InstructBLIP weights", takes_rest=True)
+    convert.epilog = "settings: --section.key=value change --config"
+    convert.add_argument("source", type=Path, metavar="SOURCE", help=".pth, .bin or .safetensors file, or folder")
+    convert.add_argument("--from", dest="kind", required=True, choices=("lion", "instructblip", "eva"))
+    convert.add_argument("--out", type=Path, metavar="DIR", help="for --init-from DIR; default: only print the map")
+    convert.add_argument("--leave-out", default="", metavar="A,B", help="beginnings of names not wanted")
+    convert.add_argument("--heads", type=int, default=16, metavar="N", help="of a tower without config.json (16)")
+    convert.add_argument("--config", metavar="RECIPE", help="recipe whose model every tensor must fit")
     predict = _add(commands, "predict", _predict, "ask an exported model about one image")
     predict.add_argument("model", type=Path, metavar="OUT", help="folder of `eventlens export`")
     predict.add_argument("image", type=Path, metavar="IMAGE")
@@ -346,6 +354,19 @@ def _export(args: argparse.Namespace, _rest: list[str]) -> int:
 
     main = peft_folder.main if args.peft else folder.main
     return main(_existing(args.run), args.out) or 0
+
+
+def _convert(args: argparse.Namespace, rest: list[str]) -> int:
+    if rest and not args.config:
+        door.refuse_unknown(rest, args.parser)
+    from eventlens_ds.config import load
+    from eventlens_ds.export import convert
+
+    if args.heads < 1:
+        raise UserError(f"--heads {args.heads}: must be at least 1")
+    config = load.load(args.config, rest) if args.config else None
+    leave_out = _names(args.leave_out)
+    return convert.main(args.kind, args.source, args.out, leave_out=leave_out, heads=args.heads, config=config)
 
 
 def _predict(args: argparse.Namespace, _rest: list[str]) -> int:

@@ -76,6 +76,7 @@ def small_architecture(config: RunConfig, tokenizer: Any, attention: str = "sdpa
 
     from eventlens_ds.model.attention import choose_form
     from eventlens_ds.model.configuration import RegionVLMConfig
+    from eventlens_ds.model.presets import qformer_shape
 
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=12
@@ -98,7 +99,7 @@ def small_architecture(config: RunConfig, tokenizer: Any, attention: str = "sdpa
         "adapters": {"bottleneck": 8, "router": config.model.adapters.router},
         "visual_input": config.model.visual_input,
         "aggregator": {**asdict(config.model.aggregator), "heads": 2},
-        "qformer": {**asdict(config.model.qformer), "vocabulary": len(tokenizer)},
+        "qformer": qformer_shape(config.model.qformer, len(tokenizer)),
         "soft_prompt": config.model.soft_prompt,
         "dropout": config.model.dropout,
     }
@@ -135,7 +136,7 @@ def small_run(folder: Path, config: RunConfig | None = None, *, layout: str = ""
     architecture = small_architecture(config, tokenizer)
     tag_tokens = config.data.tag_tokens if config.model.soft_prompt else -1
     style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens)
-    spec = encode_spec(architecture, style)
+    spec = encode_spec(architecture, style, config.model.qformer.tokenizer_path)
     made = RunData(
         config.data.train,
         config.data.split,

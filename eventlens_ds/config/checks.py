@@ -74,6 +74,7 @@ def problems(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.model.roi.sampling_ratio != -1 and config.model.roi.sampling_ratio < 1:
         yield "model.roi.sampling_ratio", f"{config.model.roi.sampling_ratio}: at least 1, or -1 for adaptive"
     yield from _branches(config)
+    yield from _question(config)
     if not config.io.run:
         yield "io.run", "empty: name a folder"
 
@@ -103,6 +104,20 @@ def _branches(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "model.aggregator.layers", f"{list(model.aggregator.layers)}: blocks are counted from 0"
     if model.qformer.width % model.qformer.heads:
         yield "model.qformer.width", f"{model.qformer.width} is not a multiple of {model.qformer.heads} heads"
+
+
+def _question(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """A tokenizer for questions needs somebody who reads them."""
+    qformer, key = config.model.qformer, "model.qformer.tokenizer_path"
+    if not qformer.tokenizer_path:
+        return
+    if not qformer.queries:
+        yield key, f"{qformer.tokenizer_path}: model.qformer.queries is 0, so there is no Q-Former"
+    elif qformer.instruction_tokens < 3:
+        yield (
+            key,
+            f"{qformer.tokenizer_path}: model.qformer.instruction_tokens is {qformer.instruction_tokens}, below 3",
+        )
 
 
 def require_data(config: RunConfig) -> None:

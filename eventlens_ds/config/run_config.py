@@ -61,6 +61,9 @@ class QFormerConfig:
     instruction_tokens: int = 128
     """Tokens of the question it reads, the last ones of a longer question; 0: none, and questions of an image may
     share their prefix."""
+    tokenizer_path: str = ""
+    """Folder of the BERT tokenizer that a published Q-Former reads questions with ([CLS] and [SEP] count among
+    instruction_tokens); empty: the language model's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ class IOConfig:
     run: str = "runs/default"
     """Run folder; all output of the run is below it."""
     init_from: str = ""
-    """Run or checkpoint whose weights start this stage (--init-from)."""
+    """Run, checkpoint or folder of `eventlens convert` whose weights start this stage (--init-from)."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest checkpoint that verifies; never: refuse a run folder that has any."""
     tensorboard: bool = True

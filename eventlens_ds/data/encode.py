@@ -28,6 +28,7 @@ from eventlens_ds.data.prompts import (
     shorten_tags,
     text_of,
 )
+from eventlens_ds.data.question_tokenizer import question_tokenizer
 from eventlens_ds.data.records import CHOICE_TASKS, TASKS, EncodedGroup, Group
 from eventlens_ds.data.tokenizer import PieceTokenizer
 from eventlens_ds.data.transforms import Resized
@@ -50,12 +51,14 @@ class EncodeSpec:
     """Everything besides the data that decides how a group is laid out.
 
     instruction_tokens: tokens of the question that the Q-Former reads; above 0 samples with different questions do not
-    share a group, because their visual tokens differ."""
+    share a group, because their visual tokens differ. question_tokenizer: folder of the tokenizer it reads them with;
+    empty: the language model's."""
 
     vision: VisionSpec
     linking: Linking
     style: PromptStyle = PromptStyle()
     instruction_tokens: int = 0
+    question_tokenizer: str = ""
 
 
 def pieces_length(pieces: Sequence[Piece], tokenizer: PieceTokenizer, spec: EncodeSpec) -> int:
@@ -79,10 +82,14 @@ def rendered_group(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec) ->
 
 
 def instruction(sample: RenderedSample, tokenizer: PieceTokenizer, spec: EncodeSpec) -> tuple[int, ...]:
-    """What the Q-Former reads for a sample: the end of its question, without tags [released code]."""
+    """What the Q-Former reads for a sample: the end of its bare question, without tags and without the "Answer:" that
+    asks the language model to speak [released code]."""
     if not spec.instruction_tokens:
         return ()
-    return tuple(tokenizer.ids(text_of(sample.stem)))[-spec.instruction_tokens :]
+    asked = text_of(sample.stem).removesuffix("Answer:").rstrip()
+    if spec.question_tokenizer:
+        return question_tokenizer(spec.question_tokenizer).ids(asked, spec.instruction_tokens)
+    return tuple(tokenizer.ids(asked))[-spec.instruction_tokens :]
 
 
 class SampleLength(NamedTuple):

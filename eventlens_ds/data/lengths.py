@@ -24,6 +24,7 @@ from filelock import FileLock
 from eventlens_ds.data import sources
 from eventlens_ds.data.encode import EncodeSpec, group_lengths, instruction, rendered_group
 from eventlens_ds.data.prompts import MAX_LISTED_REGIONS, PROMPT_VERSION
+from eventlens_ds.data.question_tokenizer import question_tokenizer
 from eventlens_ds.data.records import TASKS, Group, ImageRecord, Sample
 from eventlens_ds.data.shards import ShardSet
 from eventlens_ds.data.tokenizer import PieceTokenizer, load_tokenizer
@@ -119,7 +120,9 @@ def _compute(shards: ShardSet, tokenizer_path: str, spec: EncodeSpec, workers: i
 
 def _fingerprint(shards: ShardSet, tokenizer: PieceTokenizer, spec: EncodeSpec) -> str:
     layout = (spec.linking, spec.style, spec.vision.tokens, spec.instruction_tokens)
-    key = (LENGTHS_VERSION, PROMPT_VERSION, shards.fingerprint, tokenizer.fingerprint, layout)
+    key: tuple[object, ...] = (LENGTHS_VERSION, PROMPT_VERSION, shards.fingerprint, tokenizer.fingerprint, layout)
+    if spec.question_tokenizer:
+        key += (question_tokenizer(spec.question_tokenizer).fingerprint,)
     return hashlib.sha256(repr(key).encode()).hexdigest()[:20]
 
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from eventlens_ds.data.records import Group, RegionRef, Sample, Tokens
 
-PROMPT_VERSION = 2
+PROMPT_VERSION = 3
 """Raise it with any change of wording: lengths and plans are keyed by it."""
 
 MAX_LISTED_REGIONS = 24

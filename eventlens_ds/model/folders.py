@@ -21,7 +21,7 @@ from torch import nn
 
 from eventlens_ds.config.run_config import ModelConfig
 from eventlens_ds.errors import DataError
-from eventlens_ds.model.weights import LoadReport, assign, rank_and_size
+from eventlens_ds.model.weights import LoadReport, Tensors, assign, rank_and_size
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,11 @@ LLAVA_MAP: tuple[tuple[str, str], ...] = (
 )
 """LLaVA-1.5 prefix -> prefix of a RegionVLM; the longest that fits is taken."""
 
-_COMPUTED = ("position_ids", "inv_freq")
+COMPUTED = ("position_ids", "inv_freq")
 """Buffers that older files hold and every model computes for itself."""
+
+CONVERTED = "convert.json"
+"""File that marks a folder of `eventlens convert`."""
 
 
 def load_folders(model: nn.Module, config: ModelConfig) -> tuple[dict[str, str], set[str]]:
@@ -99,13 +102,31 @@ def load_llava(model: nn.Module, folder: Path) -> LoadReport:
     report = assign(model, read_folder(folder), str(folder), rename, may_grow=ROWS_PER_TOKEN)
     for source, target in used.items():
         log.info("%s: %s* -> %s*", folder, source, target)
-    unexpected = {n for n in report.unused if not n.endswith(_COMPUTED)}
+    unexpected = {n for n in report.unused if not n.endswith(COMPUTED)}
     if unexpected:
         raise DataError(f"model.init_from {folder}: unexpected tensor {min(unexpected)} ({len(unexpected)} in all)")
     missing = {n for n in report.new if n.startswith((VISION, LANGUAGE, "projector.")) and ".lora_" not in n}
     if missing:
         raise DataError(f"model.init_from {folder}: has no tensor for {min(missing)} ({len(missing)} missing)")
     log.info("%s", report.text())
+    return report
+
+
+def load_parts(model: nn.Module, tensors: Tensors, source: str) -> LoadReport:
+    """Parts of a model from tensors under our names, as `eventlens convert` writes them. A collective.
+
+    A part that the model does not have is reported as unused. Raises DataError for a tensor that a part of the model
+    has no place for, and for a parameter of a part that the source holds only in pieces; of the tower it may hold any.
+    """
+    report = assign(model, tensors, source)
+    present = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    extra = {n for n in report.unused if n.partition(".")[0] in present}
+    if extra:
+        raise DataError(f"{source}: the model has no place for {min(extra)} ({len(extra)} in all)")
+    touched = {n.partition(".")[0] for n in report.loaded} - {VISION[:-1]}
+    missing = {n for n in report.new if n.partition(".")[0] in touched}
+    if missing:
+        raise DataError(f"{source}: has no tensor for {min(missing)} ({len(missing)} missing)")
     return report
 
 
@@ -215,8 +236,19 @@ def _open(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, state.pop(name)
 
 
-def _load_bin(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .bin file, mapped. Files in torch's format of before 1.6 cannot be mapped and are read."""
+def read_file(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one .safetensors, .bin or .pth file, mapped. A training checkpoint gives those of its "model".
+
+    Raises DataError for a file that cannot be read, or holds more than tensors and plain data.
+    """
+    if file.suffix == ".safetensors":
+        return dict(_open(file, list(_names(file))))
+    return _load_bin(file, inside="model")
+
+
+def _load_bin(file: Path, inside: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a .bin file, mapped. Files in torch's format of before 1.6 cannot be mapped and are read.
+    inside: where a dictionary has this entry, the tensors are its."""
     try:
         try:
             state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -229,6 +261,8 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
         raise DataError(f"{file}: refused, it holds more than tensors: {cause}") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+    if isinstance(state, dict) and isinstance(state.get(inside), dict):
+        state = state[inside]
     if not isinstance(state, dict):
         raise DataError(f"{file}: not a dictionary of tensors but {type(state).__name__}")
     for name, value in state.items():

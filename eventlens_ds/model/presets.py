@@ -17,9 +17,10 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
-from eventlens_ds.config.run_config import ModelConfig
+from eventlens_ds.config.run_config import ModelConfig, QFormerConfig
 from eventlens_ds.data.encode import EncodeSpec, Linking, VisionSpec
 from eventlens_ds.data.prompts import PromptStyle
+from eventlens_ds.data.question_tokenizer import question_tokenizer
 from eventlens_ds.data.tokenizer import PieceTokenizer
 from eventlens_ds.errors import UserError
 from eventlens_ds.model.attention import choose_form
@@ -172,7 +173,7 @@ def model_config(
         visual_pool=model.visual_pool or (known.visual_pool if vision is known.vision else 1),
         visual_input=model.visual_input,
         aggregator={**asdict(model.aggregator), "heads": model.aggregator.heads or vision.num_attention_heads},
-        qformer={**asdict(model.qformer), "vocabulary": text.vocab_size},
+        qformer=qformer_shape(model.qformer, text.vocab_size),
         soft_prompt=model.soft_prompt,
         linking=model.linking,
         roi={**asdict(model.roi), "levels": list(model.roi.levels or (level,))},
@@ -184,12 +185,20 @@ def model_config(
     )
 
 
-def encode_spec(config: RegionVLMConfig, style: PromptStyle) -> EncodeSpec:
-    """What the data side must know of an architecture."""
+def encode_spec(config: RegionVLMConfig, style: PromptStyle, question_folder: str = "") -> EncodeSpec:
+    """What the data side must know of an architecture. question_folder: model.qformer.tokenizer_path."""
     mean, std = ((x[0], x[1], x[2]) for x in (config.image_mean, config.image_std))
     vision = VisionSpec(config.vision_config.image_size, config.visual_tokens, mean, std)
     instruction_tokens = config.qformer["instruction_tokens"] if config.reads_qformer else 0
-    return EncodeSpec(vision, cast(Linking, config.linking), style, instruction_tokens)
+    folder = question_folder if instruction_tokens else ""
+    return EncodeSpec(vision, cast(Linking, config.linking), style, instruction_tokens, question_tokenizer=folder)
+
+
+def qformer_shape(qformer: QFormerConfig, vocabulary: int) -> dict[str, Any]:
+    """The Q-Former of a run, with as many words as its tokenizer has. The tokenizer's folder is no part of it."""
+    shape = asdict(qformer)
+    folder = shape.pop("tokenizer_path")
+    return {**shape, "vocabulary": len(question_tokenizer(folder)) if folder else vocabulary}
 
 
 def _parts(model: ModelConfig, known: Preset, from_scratch_is_fine: bool) -> tuple[Any, Any, int]:

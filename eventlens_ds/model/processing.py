@@ -23,10 +23,14 @@ from eventlens_ds.data import transforms
 from eventlens_ds.data.collate import collate
 from eventlens_ds.data.encode import EncodeSpec, Linking, VisionSpec, encode, rendered_group
 from eventlens_ds.data.prompts import RELATION_QUESTIONS, PromptStyle
+from eventlens_ds.data.question_tokenizer import question_tokenizer
 from eventlens_ds.data.records import Batch, Box, Group, ImageRecord, Region, RegionRef, Sample, Tokens
 from eventlens_ds.data.tokenizer import PieceTokenizer
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.model.configuration import RegionVLMConfig
+
+QUESTIONS = "question_tokenizer"
+"""Folder of a saved processor that holds the tokenizer of a Q-Former's questions."""
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 """A file, its bytes, an opened image, or RGB uint8 [H, W, 3]."""
@@ -39,8 +43,9 @@ class RegionVLMProcessor(ProcessorMixin):
     """Prepares one image for a RegionVLM.
 
     image_size in pixels per side; visual_tokens per image; linking add | insert | none; list_objects and event_context
-    as in config.DataConfig; tag_tokens of a soft prompt (-1: none) and instruction_tokens of a Q-Former (0: none). They
-    must be those of training, so a processor is made by `eventlens export` or `from_spec`, rarely by hand.
+    as in config.DataConfig; tag_tokens of a soft prompt (-1: none) and instruction_tokens of a Q-Former (0: none), read
+    with the tokenizer in the folder question_words (empty: the language model's). They must be those of training,
+    so a processor is made by `eventlens export` or `from_spec`, rarely by hand.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class RegionVLMProcessor(ProcessorMixin):
         event_context: str = "event",
         tag_tokens: int = -1,
         instruction_tokens: int = 0,
+        question_words: str = "",
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
@@ -62,6 +68,7 @@ class RegionVLMProcessor(ProcessorMixin):
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.linking, self.list_objects, self.event_context = linking, list_objects, event_context
         self.tag_tokens, self.instruction_tokens = tag_tokens, instruction_tokens
+        self.question_words = question_words
         self._pieces: PieceTokenizer | None = None
 
     @classmethod
@@ -78,6 +85,7 @@ class RegionVLMProcessor(ProcessorMixin):
             event_context=spec.style.event_context,
             tag_tokens=spec.style.tag_tokens,
             instruction_tokens=spec.instruction_tokens,
+            question_words=spec.question_tokenizer,
         )
 
     @property
@@ -85,7 +93,27 @@ class RegionVLMProcessor(ProcessorMixin):
         mean, std = ((x[0], x[1], x[2]) for x in (self.image_mean, self.image_std))
         style = PromptStyle(self.list_objects, cast(Any, self.event_context), self.tag_tokens)
         vision = VisionSpec(self.image_size, self.visual_tokens, mean, std)
-        return EncodeSpec(vision, cast(Linking, self.linking), style, self.instruction_tokens)
+        linking = cast(Linking, self.linking)
+        questions = self.question_words
+        return EncodeSpec(vision, linking, style, self.instruction_tokens, question_tokenizer=questions)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As ProcessorMixin; a tokenizer of questions goes into a folder of its own, and no path of this machine."""
+        own = self.question_words
+        if own:
+            question_tokenizer(own).hf.save_pretrained(Path(save_directory) / QUESTIONS)
+            self.question_words = QUESTIONS
+        try:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            self.question_words = own
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        made = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if made.question_words:
+            made.question_words = str(Path(pretrained_model_name_or_path) / QUESTIONS)
+        return made
 
     @property
     def pieces(self) -> PieceTokenizer:

@@ -57,7 +57,7 @@ def describe(config: RunConfig, *, dry: bool = False) -> tuple[RegionVLMConfig, 
     )
     tag_tokens = config.data.tag_tokens if config.model.soft_prompt else -1
     style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens)
-    return architecture, tokenizer, encode_spec(architecture, style)
+    return architecture, tokenizer, encode_spec(architecture, style, config.model.qformer.tokenizer_path)
 
 
 def new_model(config: RunConfig, architecture: RegionVLMConfig, settings: dict[str, Any]) -> RegionVLM:
@@ -76,9 +76,13 @@ def new_model(config: RunConfig, architecture: RegionVLMConfig, settings: dict[s
 
 
 def weights_of_run(model: nn.Module, source: str) -> weights.LoadReport:
-    """--init-from: weights of a run or checkpoint, read by rank 0 alone. A collective.
+    """--init-from: weights of a run or checkpoint, read by rank 0 alone, or of a folder of `eventlens convert`. A
+    collective.
 
-    Raises DataError when nothing there verifies, and for LoRA that this model has no place for."""
+    Raises DataError when nothing there verifies, for LoRA that this model has no place for, and for a converted part
+    that does not fit."""
+    if (Path(source) / folders.CONVERTED).is_file():
+        return folders.load_parts(model, folders.read_folder(Path(source)), source)
     path = commit.resolve(Path(source))
     if path is None:
         raise DataError(f"--init-from {source}: holds no checkpoint")

@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a training run; settings (--section.key=value) are left over by parse_known_args."""
     parser.add_argument("--config", metavar="RECIPE", help="YAML file, or name of a shipped recipe")
-    parser.add_argument("--init-from", metavar="X", help="run or checkpoint whose weights start this stage")
+    parser.add_argument("--init-from", metavar="X", help="run, checkpoint or converted folder to start from")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")
     parser.add_argument("--print-config", action="store_true", help="print every setting with its value, and exit")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
