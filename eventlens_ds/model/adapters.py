@@ -35,7 +35,10 @@ LEVELS = ("region_level", "image_level")
 
 class Adapters(nn.Module):
     """Bottleneck adapters with names; parameters are called <name>_down, <name>_up, ... `backend` of the op (None:
-    chosen per device) is set by RegionVLM.choose_kernels. Subclasses say which adapter a token takes."""
+    chosen per device) is set by RegionVLM.choose_kernels. Subclasses say which adapter a token takes; by_task: whether
+    its task decides it."""
+
+    by_task = True
 
     def __init__(self, names: Sequence[str], width: int, bottleneck: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -112,6 +115,8 @@ class TokenRouter(Adapters):
 
     gate_weight [E, D] starts normal (std 0.02): from zero, all tokens would take the same k by their index.
     """
+
+    by_task = False
 
     def __init__(
         self, width: int, bottleneck: int, experts: int, k: int, *, renormalise: bool, dropout: float = 0.0
@@ -237,15 +242,22 @@ class AdaptedDecoderLayer(GradientCheckpointingLayer):
         routing: Routing | None = None,
         **kwargs: object,
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
-        )
-        residual = hidden_states + attended
-        normed = self.post_attention_layernorm(residual)
-        out = residual + self.mlp(normed)
+        normed, residual, out = run_decoder_layer(self, hidden_states, attention_mask, kwargs)
         if routing is not None:
             out = routing(self.index, normed if self.source == "normed" else residual, out)
         return out
+
+
+def run_decoder_layer(
+    layer: Any, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(input of the FFN, residual stream before it, output) of a pre-norm decoder layer; kwargs go to its attention."""
+    attended, _ = layer.self_attn(
+        hidden_states=layer.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
+    )
+    residual = hidden_states + attended
+    normed = layer.post_attention_layernorm(residual)
+    return normed, residual, residual + layer.mlp(normed)
 
 
 def adapt_layers(language_model: Any, source: str) -> None:
