@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from eventlens_ds.config.run_config import AdapterConfig
 from eventlens_ds.data.records import TASKS
 from eventlens_ds.errors import DataError, UserError
-from eventlens_ds.model.adapters import Adapters, Routing, new_adapters, run_decoder_layer
+from eventlens_ds.model.adapters import Adapters, new_adapters, run_decoder_layer
 from eventlens_ds.model.weights import full_shape, gathered, rank_and_size
 
 NAME = "MOA"
@@ -176,7 +176,9 @@ class MoAModel(BaseTuner):
         try:
             layer = MoALayer(target, adapter_name, peft_config)
         except (AttributeError, StopIteration):
-            raise UserError(f"MoAConfig: {current_key} ({type(target).__name__}) is no pre-norm decoder layer") from None
+            raise UserError(
+                f"MoAConfig: {current_key} ({type(target).__name__}) is no pre-norm decoder layer"
+            ) from None
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
