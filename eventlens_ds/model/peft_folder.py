@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -172,7 +172,7 @@ def load_adapters(model: RegionVLM, folder: str | Path) -> LoadReport:
         raise DataError(f"{folder}/adapter_config.json: cannot be read: {error}") from None
     if given.get("peft_type") != "MOA":
         raise DataError(f"{folder}: holds {given.get('peft_type')}, not MOA")
-    for field, value in adapter_settings(model.config).items():
+    for field, value in adapter_settings(cast(RegionVLMConfig, model.config)).items():
         if field != "dropout" and given.get(field) != value:
             raise DataError(f"{folder}: its adapters have {field} {given.get(field)}, the model's {value}")
     report = assign(model, _tensors(folder / ADAPTER), str(folder), own_name)

@@ -93,7 +93,7 @@ class MoALayer(GradientCheckpointingLayer, BaseTunerLayer):
 
     adapter_layer_names = ("moa_adapters",)
 
-    def __init__(self, layer: nn.Module, adapter_name: str, config: MoAConfig) -> None:
+    def __init__(self, layer: Any, adapter_name: str, config: MoAConfig) -> None:
         super().__init__()
         self.base_layer = layer
         self.moa_adapters = nn.ModuleDict()
@@ -105,7 +105,8 @@ class MoALayer(GradientCheckpointingLayer, BaseTunerLayer):
     def add(self, adapter_name: str, config: MoAConfig) -> None:
         """Another set of adapters, with its start values, partitioned where the layer is."""
         reference = next(self.base_layer.parameters())
-        width = full_shape(self.base_layer.input_layernorm.weight)[0]
+        norm: Any = self.base_layer.input_layernorm
+        width = full_shape(norm.weight)[0]
         made = new_adapters(config.settings(), config.tasks or (), width)
         made.reset_parameters()
         meta = next(made.parameters()).is_meta  # with PEFT's low_cpu_mem_usage

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import pytest
@@ -107,40 +107,38 @@ def test_a_mixed_batch_equals_the_pure_ones(router: str, checkpointing: bool) ->
     """Row by row, and in gradients when every forward is open before the first is recomputed."""
     model, ids = made(router).train(), rows()
     if checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpointed(model)
+    passes: list[int] = []
+    model.base_model.model.model.layers[0].base_layer.mlp.register_forward_hook(lambda *_: passes.append(1))
     mixed = model(input_ids=ids, moa_task_ids=task_ids(MIXED)).logits
     pure = [model(input_ids=ids[i : i + 1], moa_task_ids=task_ids([task])).logits for i, task in enumerate(MIXED)]
     assert torch.allclose(mixed, torch.cat(pure), atol=1e-5)
     apart, together = grads(model, [one.sin().sum() for one in pure]), grads(model, [mixed.sin().sum()])
+    assert len(passes) == 5 * (2 if checkpointing else 1), "every forward is computed again"
     assert apart.keys() == together.keys() and any("moa_adapters" in name for name in apart)
     assert all(torch.allclose(apart[n], together[n], rtol=1e-4, atol=1e-4) for n in apart)
 
 
 @pytest.mark.P7
-def test_tasks_kept_on_the_layers_would_give_wrong_gradients() -> None:
-    """Negative control: the state of the last forward is what recomputation would find."""
-    ids, found = rows(), []
-    for stale in (False, True):
-        model = made("task").train()
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if stale:
-            keep_tasks_on_an_attribute(model)
-        losses = [model(input_ids=ids, moa_task_ids=task_ids([t] * 4)).logits.sin().sum() for t in ("caption", "event")]
+def test_tasks_kept_on_an_attribute_would_give_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: recomputation would find the tasks of the last forward."""
+    kept: dict[str, Any] = {}
+    usual, found = peft_moa._per_token, []
+    for of_layer in (usual, lambda ids, adapters, hidden: usual(kept["tasks"], adapters, hidden)):
+        monkeypatch.setattr(peft_moa, "_per_token", of_layer)
+        model, losses = checkpointed(made("task")), []
+        for task in ("caption", "event"):
+            kept["tasks"] = task_ids([task] * len(MIXED))
+            losses.append(model(input_ids=rows(), moa_task_ids=kept["tasks"]).logits.sin().sum())
         found.append(grads(model, losses))
     caption = "base_model.model.model.layers.0.moa_adapters.default.caption_up"
-    assert not torch.allclose(found[0][caption], found[1][caption], atol=1e-3)
+    assert found[0][caption].any() and not torch.allclose(found[0][caption], found[1][caption], atol=1e-3)
 
 
-def keep_tasks_on_an_attribute(model: Any) -> None:
-    kept: dict[str, Any] = {}
-    model.base_model.register_forward_pre_hook(
-        lambda _module, _args, named: kept.update(tasks=named["moa_task_ids"]), with_kwargs=True
-    )
-    for layer in model.base_model.model.model.layers:
-        usual = layer.forward
-        layer.forward = lambda *args, usual=usual, **named: usual(*args, **{**named, "moa_task_ids": kept["tasks"]})
+def checkpointed(model: Any) -> Any:
+    model.train().enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 @pytest.mark.P7
@@ -239,17 +237,19 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
-save_file({n: p.detach().contiguous() for n, p in model.named_parameters() if "moa_" in n}, sys.argv[3])
+for folder in sys.argv[2:]:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), folder)
+    own = {n.replace(".default.", "."): p.detach().contiguous() for n, p in model.named_parameters() if "moa_" in n}
+    save_file(own, folder + ".found")
 """
 
 
-def loaded_elsewhere(base: Path, folder: Path, to: Path) -> dict[str, torch.Tensor]:
-    """The adapters that a new process loads, by their names in the file."""
-    command = [sys.executable, "-c", _LOAD, str(base), str(folder), str(to)]
+def loaded_elsewhere(base: Path, *folders: Path) -> list[dict[str, torch.Tensor]]:
+    """The adapters that a new process loads from each folder, by their names in the file."""
+    command = [sys.executable, "-c", _LOAD, str(base), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return {name.replace(".default.", "."): tensor for name, tensor in load_file(to).items()}
+    return [load_file(f"{folder}.found") for folder in folders]
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -260,17 +260,6 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 def own_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name.replace(".default.", "."): tensor for name, tensor in peft_moa.state(model).items()}
-
-
-@pytest.mark.P9
-def test_a_folder_loads_bit_equal_in_a_new_process(tmp_path: Path) -> None:
-    base_of().save_pretrained(tmp_path / "base")
-    model = made("topk", experts=3)
-    model.save_pretrained(tmp_path / "out")
-    assert_same(loaded_elsewhere(tmp_path / "base", tmp_path / "out", tmp_path / "found"), own_tensors(model))
-    again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "out"))
-    model.eval()
-    assert torch.equal(again(input_ids=rows()).logits, model(input_ids=rows()).logits)
 
 
 def _job(folder: Path) -> None:
@@ -299,7 +288,7 @@ def _job(folder: Path) -> None:
             with gathered([parameter], modifier_rank=None):
                 digests[name.replace(".default.", ".")] = parameter.detach().flatten().tolist()
     peft_moa.save_gathered(module, folder / "whole")
-    naive = ""
+    refused = ""
     if world.rank == 0:
         module.save_pretrained(str(folder / "naive"))
         # As above, and what was gathered does not read back: the file is damaged on the way.
@@ -308,42 +297,61 @@ def _job(folder: Path) -> None:
     try:
         peft_moa.save_gathered(module, folder / "damaged")
     except DataError as error:
-        naive = str(error)
-    (folder / f"rank{world.rank}.json").write_text(json.dumps({"shapes": shapes, "values": digests, "refused": naive}))
+        refused = str(error)
+    (folder / f"rank{world.rank}.json").write_text(
+        json.dumps({"shapes": shapes, "values": digests, "refused": refused})
+    )
     stop()
 
 
+class Saved(NamedTuple):
+    folder: Path
+    ranks: list[dict[str, Any]]
+    one_process: Any
+    """The model saved without ZeRO."""
+    loaded: list[dict[str, torch.Tensor]]
+    """What a new process loads of the folders `plain` and `whole`."""
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     from eventlens_ds.runtime.local_ranks import spawn
 
     folder = tmp_path_factory.mktemp("moa")
     base_of().save_pretrained(folder / "base")
     assert spawn(2, [str(folder)], module="tests.model.test_peft_moa") == 0
-    return folder
+    plain = made("topk", experts=3)
+    plain.save_pretrained(folder / "plain")
+    loaded = loaded_elsewhere(folder / "base", folder / "plain", folder / "whole")
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return Saved(folder, ranks, plain.eval(), loaded)
 
 
 @pytest.mark.P9
-def test_a_partitioned_model_is_saved_whole(saved: Path) -> None:
-    ranks = [json.loads((saved / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert all(shape == [0] for shape in ranks[0]["shapes"].values()), "every tensor is partitioned"
-    found = loaded_elsewhere(saved / "base", saved / "whole", saved / "found")
-    start = own_tensors(made("mixture"))
-    assert ranks[0]["values"] == ranks[1]["values"]
-    expected = {n: torch.tensor(ranks[0]["values"][n]).view(t.shape) for n, t in start.items()}
-    assert_same(found, expected)
-    assert all(not torch.equal(found[n], start[n]) for n in start if n.endswith(("_up", "level"))), "it was trained"
+def test_a_folder_loads_bit_equal_in_a_new_process(saved: Saved) -> None:
+    assert_same(saved.loaded[0], own_tensors(saved.one_process))
+    again = PeftModel.from_pretrained(base_of(), str(saved.folder / "plain"))
+    assert torch.equal(again(input_ids=rows()).logits, saved.one_process(input_ids=rows()).logits)
 
 
 @pytest.mark.P9
-def test_the_naive_save_writes_empty_tensors_and_a_damaged_one_is_seen(saved: Path) -> None:
+def test_a_partitioned_model_is_saved_whole(saved: Saved) -> None:
+    first, second = saved.ranks
+    assert all(shape == [0] for shape in first["shapes"].values()), "every tensor is partitioned"
+    assert first["values"] == second["values"]
+    found, start = saved.loaded[1], own_tensors(made("mixture"))
+    assert_same(found, {n: torch.tensor(first["values"][n]).view(t.shape) for n, t in start.items()})
+    assert all(not torch.equal(found[n], start[n]) for n in start), "it was trained"
+
+
+@pytest.mark.P9
+def test_the_naive_save_writes_empty_tensors_and_a_damaged_one_is_seen(saved: Saved) -> None:
     """Negative controls of the gathered save and of its reading back."""
-    naive = load_file(saved / "naive" / FILE)
+    naive = load_file(saved.folder / "naive" / FILE)
     assert naive and all(tensor.numel() == 0 for tensor in naive.values())
-    with pytest.raises(AssertionError, match="size mismatch|Error"):
-        loaded_elsewhere(saved / "base", saved / "naive", saved / "broken")
-    refused = [json.loads((saved / f"rank{rank}.json").read_text())["refused"] for rank in (0, 1)]
-    assert "does not read back as what was written" in refused[0] and refused[1] == ""
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(base_of(), str(saved.folder / "naive"))
+    assert "does not read back as what was written" in saved.ranks[0]["refused"] and not saved.ranks[1]["refused"]
 
 
 if __name__ == "__main__":
