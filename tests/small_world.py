@@ -96,7 +96,7 @@ def small_architecture(config: RunConfig, tokenizer: Any, attention: str = "sdpa
         "vision_level": -1,
         "linking": config.model.linking,
         "roi": {"output_size": 2, "levels": [-1], "source": config.model.roi.source},
-        "adapters": {"bottleneck": 8, "router": config.model.adapters.router},
+        "adapters": {**asdict(config.model.adapters), "bottleneck": 8},
         "visual_input": config.model.visual_input,
         "aggregator": {**asdict(config.model.aggregator), "heads": 2},
         "qformer": qformer_shape(config.model.qformer, len(tokenizer)),

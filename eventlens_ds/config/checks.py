@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eventlens_ds.config.run_config import AdapterConfig, DataConfig, RunConfig
+from eventlens_ds.config.run_config import AdapterConfig, DataConfig, ObjectiveConfig, RunConfig
 from eventlens_ds.errors import UserError
 
 TASKS = ("caption", "event", "vcr_answer", "vcr_rationale", "rec", "reg", "vqa", "vsr", "pope")
@@ -27,6 +27,8 @@ _AT_LEAST: dict[str, float] = {
     "model.visual_pool": 0,
     "model.roi.output_size": 1,
     "model.adapters.bottleneck": 0,
+    "model.adapters.experts": 1,
+    "model.adapters.top_k": 1,
     "model.lora.rank": 0,
     "model.aggregator.heads": 0,
     "model.aggregator.intermediate": 1,
@@ -45,6 +47,7 @@ _AT_LEAST: dict[str, float] = {
     "objective.lm": 0,
     "objective.choice": 0,
     "objective.choice_lm": 0,
+    "objective.load_balance": 0,
     "train.steps": 1,
     "train.rows_per_step": 1,
     "train.weight_decay": 0,
@@ -75,6 +78,7 @@ def problems(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "model.roi.sampling_ratio", f"{config.model.roi.sampling_ratio}: at least 1, or -1 for adaptive"
     yield from _branches(config)
     yield from _question(config)
+    yield from _router(config)
     if not config.io.run:
         yield "io.run", "empty: name a folder"
 
@@ -98,8 +102,6 @@ def _branches(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "data.tag_noise", f"{config.data.tag_noise}: data.tag_tokens is 0, so no tag is listed"
     if config.data.tag_noise and config.data.control == "blank":
         yield "data.tag_noise", f"{config.data.tag_noise}: data.control blank hides every tag"
-    if model.adapters.router == "mixture" and model.adapters.tasks != AdapterConfig().tasks:
-        yield "model.adapters.tasks", "tasks have adapters of their own only under model.adapters.router task"
     if any(layer < 0 for layer in model.aggregator.layers):
         yield "model.aggregator.layers", f"{list(model.aggregator.layers)}: blocks are counted from 0"
     if model.qformer.width % model.qformer.heads:
@@ -118,6 +120,30 @@ def _question(config: RunConfig) -> Iterator[tuple[str, str]]:
             key,
             f"{qformer.tokenizer_path}: model.qformer.instruction_tokens is {qformer.instruction_tokens}, below 3",
         )
+
+
+def _router(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Settings of a router that the chosen one would not read, or that would leave it nothing to learn from."""
+    adapters, usual = config.model.adapters, AdapterConfig()
+    if adapters.router != "task" and adapters.tasks != usual.tasks:
+        yield "model.adapters.tasks", "tasks have adapters of their own only under model.adapters.router task"
+    if adapters.router != "topk":
+        for name in ("experts", "top_k", "renormalise"):
+            if (value := getattr(adapters, name)) != getattr(usual, name):
+                yield f"model.adapters.{name}", f"{value}: read only under model.adapters.router topk"
+        if config.objective.load_balance not in (0, ObjectiveConfig().load_balance):
+            yield "objective.load_balance", f"{config.objective.load_balance}: only model.adapters.router topk has one"
+        return
+    if adapters.top_k > adapters.experts:
+        yield "model.adapters.top_k", f"{adapters.top_k} of model.adapters.experts = {adapters.experts}"
+    if not adapters.bottleneck:
+        yield "model.adapters.router", "topk, but model.adapters.bottleneck is 0, so there are no adapters"
+    if adapters.renormalise and adapters.top_k == 1 and "router" in config.stage.train:
+        yield "model.adapters.renormalise", "with top_k 1 every gate is 1, so the router learns nothing from the loss"
+    if config.objective.load_balance and adapters.top_k == adapters.experts:
+        yield "objective.load_balance", "every token takes every adapter (top_k = experts): set it to 0"
+    if config.objective.load_balance and "router" not in config.stage.train:
+        yield "objective.load_balance", "the router is frozen in this stage: add router to stage.train, or set it to 0"
 
 
 def require_data(config: RunConfig) -> None:

@@ -29,9 +29,16 @@ class RoIConfig:
 class AdapterConfig:
     bottleneck: int = 64
     """Width r of every adapter's bottleneck; 0 switches adapters off."""
-    router: Literal["task", "mixture"] = "task"
+    router: Literal["task", "mixture", "topk"] = "task"
     """task: every task of `tasks` has an adapter of its own. mixture: one adapter for image-level and one for
-    region-level tasks, mixed by a learned vector per adapter and level (LION)."""
+    region-level tasks, mixed by a learned vector per adapter and level (LION). topk: every token takes `top_k` of
+    `experts` adapters by what it is, whatever its task (Shazeer et al., 2017)."""
+    experts: int = 4
+    """Adapters of router topk."""
+    top_k: int = 2
+    """Adapters that a token takes under router topk; objective.load_balance keeps their use even."""
+    renormalise: bool = True
+    """Router topk: softmax over the selected adapters alone; false: over all, so the selected weigh less than 1."""
     tasks: tuple[str, ...] = ("caption", "event", "vcr_answer", "vcr_rationale")
     """Tasks with an adapter of their own under router task; a task of the data without one is refused."""
     source: Literal["normed", "residual"] = "normed"
@@ -161,6 +168,9 @@ class ObjectiveConfig:
     """Weight of the softmax over candidate scores; its denominator is questions of the whole step."""
     choice_lm: float = 0.0
     """Weight of an LM loss on the correct candidate of choice samples."""
+    load_balance: float = 0.01
+    """Weight of the load-balance loss of model.adapters.router topk (Fedus et al., 2021), 1 when use is even; it is
+    taken per group of samples and its denominator is tokens of the whole step. 0: off. Other routers have none."""
     temperature: float = 1.0
     """Candidate scores (mean token log-likelihood) are divided by this before the softmax."""
 
@@ -168,9 +178,9 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class StageConfig:
     train: tuple[str, ...] = ("vision", "projector", "regions", "adapters", "language")
-    """Parts that learn: vision, projector, regions, adapters, image_adapter, region_adapter, router, language, lora
-    (the three in the middle under model.adapters.router mixture), aggregator, qformer, soft_prompt. All others are
-    frozen (P10)."""
+    """Parts that learn: vision, projector, regions, adapters, image_adapter and region_adapter (under
+    model.adapters.router mixture), router (under mixture and topk), language, lora, aggregator, qformer, soft_prompt.
+    All others are frozen (P10)."""
     lr_scale: dict[str, float] = field(default_factory=dict)
     """Learning rate of a part relative to train.lr (default 1)."""
 

@@ -17,7 +17,7 @@ import yaml
 
 from eventlens_ds.config.run_config import RunConfig
 from eventlens_ds.eval import report
-from eventlens_ds.model.peft_folder import PARTS
+from eventlens_ds.model.peft_folder import MOA, PARTS
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ or `eventlens predict {name} photo.jpg --boxes person:10,20,50,80 --question "Wh
 """
 
 
-_USE_PEFT = """LoRA alone, on the language model, without eventlens_ds (no images, regions or task adapters):
+_USE_LORA = """LoRA alone, on the language model, without eventlens_ds (no images, regions or task adapters):
 
 ```python
 from peft import PeftModel
@@ -47,8 +47,24 @@ from transformers import {base_class}
 model = PeftModel.from_pretrained({base_class}.from_pretrained("{base}"), "{name}")
 ```
 
-All of it: the published weights, LoRA, and what `{parts}/` holds (projector, region encoder, task adapters, and
-whatever else was trained):
+"""
+
+_USE_MOA = """The adapters alone, on the language model (no images or regions{without}); each row says its task:
+
+```python
+from peft import PeftModel
+from transformers import {base_class}
+import eventlens_ds.model  # makes PEFT know the type
+from eventlens_ds.model.peft_moa import task_ids
+
+model = PeftModel.from_pretrained({base_class}.from_pretrained("{base}"), "{name}/{moa}")
+model(input_ids=ids, moa_task_ids=task_ids(["caption"]))
+```
+
+"""
+
+_USE_PEFT = """All of it: the published weights, LoRA and adapters as far as there are any, and what `{parts}/` holds
+(projector, region encoder, and whatever else was trained):
 
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -96,7 +112,12 @@ def _use_peft(name: str, facts: Mapping[str, Any]) -> str:
     field, base = peft_base(facts)
     base_class = "AutoModelForCausalLM" if field == "language_path" else "AutoModelForImageTextToText"
     places = ", ".join(f"`{place}` ({key})" for key, place in facts["peft"]["base"].items())
-    return _USE_PEFT.format(name=name, base=base, base_class=base_class, field=field, places=places, parts=PARTS)
+    held = facts["peft"]["tensors"]
+    told = (_USE_LORA if held["lora"] else "") + (_USE_MOA if held["adapters"] else "") + _USE_PEFT
+    without = ", no LoRA" if held["lora"] else ""
+    return told.format(
+        name=name, base=base, base_class=base_class, field=field, places=places, parts=PARTS, moa=MOA, without=without
+    )
 
 
 def _about(config: RunConfig, facts: Mapping[str, Any]) -> str:
@@ -108,9 +129,9 @@ def _about(config: RunConfig, facts: Mapping[str, Any]) -> str:
     if "peft" in facts:
         held = facts["peft"]["parameters"]
         lines.append(
-            f"Of these this folder holds LoRA of rank {config.model.lora.rank} as PEFT writes it "
-            f"({held['lora']:,} parameters) and {held['other']:,} parameters of other parts. The published weights are "
-            "not in it; their licenses apply to the whole."
+            f"Of these this folder holds LoRA of rank {config.model.lora.rank} ({held['lora']:,} parameters) and "
+            f"adapters ({held['adapters']:,}) as PEFT writes them, and {held['other']:,} parameters of other parts. "
+            "The published weights are not in it; their licenses apply to the whole."
         )
     elif facts["published_weights"]:
         folders = (config.model.vision_path, config.model.language_path, config.model.init_from)

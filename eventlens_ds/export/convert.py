@@ -157,7 +157,7 @@ def _publish(found: Converted, kind: str, source: Path, out: Path, heads: int) -
     staging.mkdir(parents=True)
     try:
         tower = _FIRST_OF_TOWER in found.tensors
-        parts = {"": {}, "vision": {}, "language": {}}
+        parts: dict[str, dict[str, torch.Tensor]] = {"": {}, "vision": {}, "language": {}}
         for name, tensor in found.tensors.items():
             part, _, rest = name.partition(".")
             where = "language" if part == LANGUAGE else "vision" if part == VISION and tower else ""

@@ -7,6 +7,7 @@ transformers can be named without a table of ours.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -15,6 +16,8 @@ from eventlens_ds.config.run_config import AdapterConfig
 
 ADAPTED = AdapterConfig().tasks
 """Tasks with an adapter in folders that name none."""
+ADAPTERS = {name: value for name, value in asdict(AdapterConfig()).items() if name != "tasks"}
+"""Settings of adapters that a folder does not give."""
 
 
 class RegionVLMConfig(PreTrainedConfig):
@@ -26,8 +29,8 @@ class RegionVLMConfig(PreTrainedConfig):
     intermediate; qformer: queries (0: there is none), width, heads, layers, intermediate, instruction_tokens,
     vocabulary. soft_prompt: tags are listed behind a learned vector.
     linking: add | insert | none. roi: source, output_size, sampling_ratio, pool, levels (see config.RoIConfig).
-    adapters: bottleneck, source, dropout, router (see config.AdapterConfig); tasks: those with an adapter of their
-    own, in the order of the adapters.
+    adapters: bottleneck, source, dropout, router, experts, top_k, renormalise (see config.AdapterConfig); tasks: those
+    with an adapter of their own, in the order of the adapters.
     """
 
     model_type = "eventlens_region_vlm"
@@ -67,7 +70,7 @@ class RegionVLMConfig(PreTrainedConfig):
         self.roi = {
             "source": "tower", "output_size": 7, "sampling_ratio": 2, "pool": "mean", "levels": [-2], **(roi or {})
         }  # fmt: skip
-        self.adapters = {"bottleneck": 64, "source": "normed", "dropout": 0.0, "router": "task", **(adapters or {})}
+        self.adapters = {**ADAPTERS, **(adapters or {})}
         self.tasks = list(self.adapters.pop("tasks", None) or tasks or ADAPTED)
         self.dropout = dropout
         self.initializer_range = initializer_range

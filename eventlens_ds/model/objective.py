@@ -3,6 +3,7 @@
 K supervised tokens, L leaves, Q questions, C candidates.
   LM       - sum_k w_leaf(k) log p_k                              / supervised tokens of the step
   choice   - sum_q w_q log softmax_c(score_q / temperature)[label] / questions of the step
+  balance  sum_g n_g B_g, mean over layers                         / tokens of the step   (router topk alone)
   score_qc = mean over the tokens of candidate c of log p          (length-normalised log-likelihood)
 Decision: a row yields sums and counts, never means. The loss of a step is the weighted sum of objective means over
 all ranks and micro-steps, so accumulation, packing and world size change neither loss nor gradient.
@@ -14,15 +15,16 @@ from dataclasses import dataclass
 
 import torch
 
-from eventlens_ds.config.run_config import ObjectiveConfig
+from eventlens_ds.config.run_config import ObjectiveConfig, RunConfig
 from eventlens_ds.data.records import TASKS, Batch
 
-OBJECTIVES = ("lm", "choice", "choice_lm")
+OBJECTIVES = ("lm", "choice", "choice_lm", "load_balance")
+"""In the order of sums and denominators; the last only where `balances`."""
 
 
 @dataclass
 class RowSums:
-    """sums float32[3]: the numerator of each objective, with gradient.
+    """sums float32[3], or [4] where balances: the numerator of each objective, with gradient.
     task_sums, task_counts float64[tasks]: the same loss split by task, for the log; no gradient."""
 
     sums: torch.Tensor
@@ -30,13 +32,18 @@ class RowSums:
     task_counts: torch.Tensor
 
 
-def counts(batch: Batch) -> torch.Tensor:
-    """Denominators float64[3] that this row adds: supervised LM tokens, questions, tokens of correct candidates."""
+def balances(config: RunConfig) -> bool:
+    """Whether the load-balance loss is a part of the objective of this run."""
+    return config.model.adapters.router == "topk" and config.objective.load_balance > 0
+
+
+def counts(batch: Batch, *, balance: bool = False) -> torch.Tensor:
+    """Denominators float64[3] that this row adds: supervised LM tokens, questions, tokens of correct candidates; with
+    `balance` a fourth, all its tokens."""
     lm_tokens = batch.leaf_weight[batch.target_leaf].sum()
     correct = _correct_leaf_weight(batch)
-    return torch.stack(
-        [lm_tokens.double(), batch.choice_weight.sum().double(), correct[batch.target_leaf].sum().double()]
-    )
+    found = [lm_tokens.double(), batch.choice_weight.sum().double(), correct[batch.target_leaf].sum().double()]
+    return torch.stack([*found, lm_tokens.new_tensor(batch.real_tokens).double()] if balance else found)
 
 
 def leaf_scores(token_logp: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -48,8 +55,11 @@ def leaf_scores(token_logp: torch.Tensor, batch: Batch) -> torch.Tensor:
     return total / length
 
 
-def row_sums(token_logp: torch.Tensor, batch: Batch, config: ObjectiveConfig) -> RowSums:
-    """Numerators of a row. A row without work gives zeros that still hang on the graph (P5)."""
+def row_sums(
+    token_logp: torch.Tensor, batch: Batch, config: ObjectiveConfig, balance: torch.Tensor | None = None
+) -> RowSums:
+    """Numerators of a row. A row without work gives zeros that still hang on the graph (P5). balance: what
+    RegionVLM.forward returns `with_balance`."""
     anchor = token_logp.sum() * 0.0
     usable = token_logp[: batch.target_leaf.numel()]
     nll = -usable
@@ -69,12 +79,13 @@ def row_sums(token_logp: torch.Tensor, batch: Batch, config: ObjectiveConfig) ->
         task_sums.index_add_(0, batch.choice_task, terms.detach().double())
         task_counts.index_add_(0, batch.choice_task, batch.choice_weight.double())
         choice_lm = choice_lm + (nll * _correct_leaf_weight(batch)[batch.target_leaf]).sum()
-    return RowSums(torch.stack([anchor + lm_terms.sum(), choice, choice_lm]), task_sums, task_counts)
+    sums = [anchor + lm_terms.sum(), choice, choice_lm, *([] if balance is None else [balance])]
+    return RowSums(torch.stack(sums), task_sums, task_counts)
 
 
 def step_loss(sums: torch.Tensor, denominators: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
-    """Weighted sum of objective means: sums float[3] over denominators of the step float64[3]."""
-    weights = sums.new_tensor([config.lm, config.choice, config.choice_lm])
+    """Weighted sum of objective means: sums float[3] over denominators of the step float64[3]; [4] where balances."""
+    weights = sums.new_tensor([getattr(config, name) for name in OBJECTIVES[: len(sums)]])
     return (weights * sums / denominators.to(sums).clamp(min=1.0)).sum()
 
 

@@ -1,7 +1,8 @@
-"""A run exported with --peft: the base model from its own folder, LoRA and all other parts from ours.
+"""A run exported with --peft: the base model from its own folder, LoRA, adapters and all other parts from ours.
 
 In: OUT/region_vlm of `eventlens export RUN OUT --peft` (config.json, model.safetensors), OUT/adapter_model.safetensors
-and the folders of published weights that config.json names. Out: a `RegionVLM` with LoRA in place, not merged.
+(LoRA), OUT/moa (the adapters, model/peft_moa.py) and the folders of published weights that config.json names. Out: a
+`RegionVLM` with LoRA in place, not merged.
 Decision: AutoModel reads it by a model_type of its own, so that no version of transformers takes it for a whole model
 and fills what is missing with random values; a tensor that no source has, and a base whose sha256 is not the one of
 training, are errors.
@@ -9,9 +10,11 @@ training, are errors.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,11 +27,13 @@ from eventlens_ds.model.configuration import RegionVLMConfig
 from eventlens_ds.model.folders import LANGUAGE, load_folders, read_folder
 from eventlens_ds.model.initial import new_model
 from eventlens_ds.model.region_vlm import RegionVLM
-from eventlens_ds.model.weights import assign
+from eventlens_ds.model.weights import LoadReport, assign
 
 PARTS = "region_vlm"
 """Sub-folder of all that is not LoRA; beside PEFT's adapter_config.json AutoModel would load the base model alone."""
 ADAPTER = "adapter_model.safetensors"
+MOA = "moa"
+"""Sub-folder of the adapters, as PEFT's type MOA writes them."""
 BASES = ("init_from", "vision_path", "language_path")
 """Fields of config.ModelConfig that name folders of published weights."""
 
@@ -113,20 +118,68 @@ def _load(folder: Path, config: RegionVLMPeftConfig, dtype: torch.dtype) -> Regi
         files = sorted({*base, *config.base_sha256})
         changed = next(name for name in files if base.get(name) != config.base_sha256.get(name))
         raise DataError(f"{folder}: trained on other base weights, {changed} is not the same file")
-    adapter = folder.absolute().parent / ADAPTER
-    names = lora.peft_names(model.language_model, in_llava=bool(config.init_from))
-    sources = (
-        assign(model, read_folder(folder), str(folder)),
-        assign(model, _tensors(adapter), str(adapter), lambda name: LANGUAGE + names[name] if name in names else None),
-    )
+    out = folder.absolute().parent
+    sources = [assign(model, read_folder(folder), str(folder))]
+    if config.lora["rank"]:
+        names = {n: LANGUAGE + own for n, own in _lora_names(model, config).items()}
+        sources.append(assign(model, _tensors(out / ADAPTER), str(out / ADAPTER), names.get))
+    if (out / MOA).exists():
+        sources.append(load_adapters(model, out / MOA))
     for report in sources:
-        if report.unused:
-            raise DataError(f"{report.source}: another model, its tensor {min(report.unused)} has no place in this one")
+        _refuse_unused(report)
         covered = covered | report.loaded
     missing = {name for name, _ in model.named_parameters()} - covered
     if missing:
         raise DataError(f"{folder}: no file has a tensor for {min(missing)} ({len(missing)} missing)")
     return model.eval()
+
+
+def _lora_names(model: RegionVLM, config: RegionVLMPeftConfig) -> dict[str, str]:
+    return lora.peft_names(model.language_model, in_llava=bool(config.init_from))
+
+
+def _refuse_unused(report: LoadReport) -> None:
+    if report.unused:
+        raise DataError(f"{report.source}: another model, its tensor {min(report.unused)} has no place in this one")
+
+
+def adapter_settings(config: RegionVLMConfig) -> dict[str, Any]:
+    """Fields of peft_moa.MoAConfig that describe the adapters of a RegionVLM."""
+    return {**config.adapters, "tasks": list(config.tasks)}
+
+
+def moa_name(name: str, *, in_llava: bool = False) -> str:
+    """Name of a RegionVLM's adapter parameter ("adapters.3.caption_up") in a folder of PEFT's type MOA."""
+    _, layer, field = name.split(".")
+    return f"base_model.model.model.{'language_model.' if in_llava else ''}layers.{layer}.moa_adapters.{field}"
+
+
+def own_name(name: str) -> str | None:
+    """The inverse of `moa_name` for either base; None for a name that is not of an adapter."""
+    found = re.fullmatch(r"base_model\.model\.model\.(?:language_model\.)?layers\.(\d+)\.moa_adapters\.(\w+)", name)
+    return f"adapters.{found[1]}.{found[2]}" if found else None
+
+
+def load_adapters(model: RegionVLM, folder: str | Path) -> LoadReport:
+    """Adapters from a folder of PEFT's type MOA, from our export or from `save_pretrained` of a language model alone.
+
+    Raises DataError when the folder is of another type or setting, or its tensors are not exactly the model's.
+    """
+    folder = Path(folder)
+    try:
+        given = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}/adapter_config.json: cannot be read: {error}") from None
+    if given.get("peft_type") != "MOA":
+        raise DataError(f"{folder}: holds {given.get('peft_type')}, not MOA")
+    for field, value in adapter_settings(cast(RegionVLMConfig, model.config)).items():
+        if field != "dropout" and given.get(field) != value:
+            raise DataError(f"{folder}: its adapters have {field} {given.get(field)}, the model's {value}")
+    report = assign(model, _tensors(folder / ADAPTER), str(folder), own_name)
+    _refuse_unused(report)
+    if missing := {n for n, _ in model.named_parameters() if n.startswith("adapters.")} - report.loaded:
+        raise DataError(f"{folder}: no tensor for {min(missing)} ({len(missing)} missing)")
+    return report
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -109,7 +109,7 @@ class RegionVLMProcessor(ProcessorMixin):
             self.question_words = own
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         made = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if made.question_words:
             made.question_words = str(Path(pretrained_model_name_or_path) / QUESTIONS)

@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 
 from eventlens_ds.data.records import Batch
-from eventlens_ds.model.adapters import Adapters, Routing, adapt_layers, new_adapters
+from eventlens_ds.model.adapters import Adapters, Balance, Routing, adapt_layers, new_adapters
 from eventlens_ds.model.aggregator import AggregatorMLP, VisionAggregator
 from eventlens_ds.model.attention import attention_kwargs
 from eventlens_ds.model.configuration import RegionVLMConfig
@@ -205,15 +205,17 @@ class RegionVLM(PreTrainedModel):
         return embeds
 
     def forward(
-        self, batch: Batch, vision_calls: int = 1, *, with_logits: bool = False
+        self, batch: Batch, vision_calls: int = 1, *, with_logits: bool = False, with_balance: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """One row -> token_logp float32[max(K, 1)]; `with_logits` -> (token_logp, logits float32[T, vocabulary])."""
+        """One row -> token_logp float32[max(K, 1)]; `with_logits` -> (token_logp, logits float32[T, vocabulary]);
+        `with_balance` (router topk) -> (token_logp, load-balance loss times tokens, float32[])."""
         embeds = self.embed(batch, vision_calls)
+        balance = Balance(group_members(batch, embeds.device)) if with_balance else None
         hidden = self.language_model.model(
             inputs_embeds=embeds[None],
             position_ids=batch.position_ids,
             use_cache=False,
-            **self.attention_inputs(batch, embeds),
+            **self.attention_inputs(batch, embeds, balance),
         ).last_hidden_state[0]
         # A row without targets still runs the head, on its first position.
         wanted = batch.target_from if batch.target_from.numel() else batch.target_from.new_zeros(1)
@@ -221,9 +223,11 @@ class RegionVLM(PreTrainedModel):
         logp = logits.log_softmax(-1)
         targets = batch.target_ids if batch.target_ids.numel() else batch.target_ids.new_zeros(1)
         token_logp = logp.gather(1, targets[:, None])[:, 0]
+        if balance is not None:
+            return token_logp, balance.mean()
         return (token_logp, self.language_model.lm_head(hidden).float()) if with_logits else token_logp
 
-    def attention_inputs(self, batch: Batch, embeds: torch.Tensor) -> dict[str, Any]:
+    def attention_inputs(self, batch: Batch, embeds: torch.Tensor, balance: Balance | None = None) -> dict[str, Any]:
         """Keyword arguments of the decoder: the segment tree in the form of the backend, and the routing."""
         inputs = attention_kwargs(
             self.config.text_config._attn_implementation,
@@ -234,8 +238,16 @@ class RegionVLM(PreTrainedModel):
             embeds.device,
         )
         if len(self.adapters):
-            inputs["routing"] = Routing(self.adapters, batch.task_ids)
+            inputs["routing"] = Routing(self.adapters, batch.task_ids, balance)
         return inputs
+
+
+def group_members(batch: Batch, device: torch.device) -> torch.Tensor:
+    """float32[G, T]: 1 where a token that is not padding belongs to a group of the row; all zero in a missing row."""
+    starts = batch.bounds[batch.parents < 0, 0].long()[:, None]
+    ends = torch.cat([starts[1:], starts.new_full((1, 1), batch.real_tokens)])
+    position = torch.arange(batch.input_ids.shape[1])
+    return ((position >= starts) & (position < ends)).float().to(device, non_blocking=True)
 
 
 def _one_per_image(ids: torch.Tensor, mask: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:

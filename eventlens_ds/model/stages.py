@@ -36,7 +36,7 @@ PARTS: dict[str, str] = {
 
 
 MIXED = frozenset({"image_adapter", "region_adapter"})
-"""Both together are "adapters" of a mixture; its gates are "router"."""
+"""Both together are "adapters" of a mixture; its gates are "router", as is the gate of a TokenRouter."""
 
 
 class PartLine(NamedTuple):
@@ -83,6 +83,8 @@ def unused_adapter(name: str, config: RegionVLMConfig, tasks: Sequence[str]) -> 
     own = name.split(".")[2]
     if config.adapters["router"] == "task":
         return "" if any(own.startswith(f"{task}_") for task in tasks) else "adapter of a task without data"
+    if config.adapters["router"] == "topk":
+        return ""
     levels = {level_of(task) for task in tasks}
     if own.startswith("gate_") and own.removeprefix("gate_") not in levels:
         return "gate of a level without data"

@@ -93,6 +93,9 @@ class Audit:
     def _reason(self, name: str, arrived: bool) -> str:
         parts = name.split(".")
         fed = {name for task in self._tasks for name in (task, level_of(task), f"gate_{level_of(task)}")}
+        if parts[0] == "adapters" and parts[-1].startswith("expert_"):
+            return "no token took this adapter in these steps"
+        fed.add("gate_weight")
         if parts[0] == "adapters" and not any(parts[-1].startswith(f"{name}_") or parts[-1] == name for name in fed):
             return "no sample of its task in these steps"
         if not arrived:

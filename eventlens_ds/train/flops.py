@@ -26,8 +26,12 @@ class StepFlops:
             if "embed_tokens" in name or "embeddings" in name:
                 continue
             size = self.sizes.setdefault(part_of(name), [0, 0])
-            size[0] += numel(parameter)
-            size[1] += numel(parameter) if parameter.requires_grad else 0
+            count = numel(parameter)
+            if ".expert_" in name:
+                # A token takes top_k of them, whichever path computes more.
+                count = count * config.adapters["top_k"] // config.adapters["experts"]
+            size[0] += count
+            size[1] += count if parameter.requires_grad else 0
         self.patches = config.grid[0] * config.grid[1] + config.num_prefix_tokens
 
     def __call__(self, tokens: int, images: int) -> float:

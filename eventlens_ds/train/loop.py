@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -44,9 +45,11 @@ log = logging.getLogger(__name__)
 
 
 class StepReport(NamedTuple):
-    """Sums of one step over all ranks. objective_means float64[3]; task sums and counts float64[tasks]."""
+    """Sums of one step over all ranks. load_balance: the load-balance loss before its weight, nan where the objective
+    has none."""
 
     loss: float
+    load_balance: float
     task_loss: dict[str, float]
     supervised: int
     tokens: int
@@ -182,15 +185,19 @@ def optimizer_step(
 ) -> StepReport:
     """One optimizer step of this rank over its rows. A collective: every rank has the same number of rows."""
     rows = [row.to(world.device) for row in rows]
-    denominators = all_reduce_sum(torch.stack([objective.counts(row) for row in rows]).sum(0))
+    asked: dict[str, bool] = {"balance": True} if objective.balances(config) else {}
+    denominators = all_reduce_sum(torch.stack([objective.counts(row, **asked) for row in rows]).sum(0))
     scale = world.size * len(rows)
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    sums = torch.zeros_like(denominators)
     task_sums = torch.zeros(len(TASKS), dtype=torch.float64, device=world.device)
     task_counts = torch.zeros_like(task_sums)
     for row, vision_calls in zip(rows, calls):
         torch.manual_seed(row.seed)
-        token_logp = engine(batch=row, vision_calls=vision_calls)
-        made = objective.row_sums(token_logp, row, config.objective)
+        if asked:
+            token_logp, balance = engine(batch=row, vision_calls=vision_calls, with_balance=True)
+        else:
+            token_logp, balance = engine(batch=row, vision_calls=vision_calls), None
+        made = objective.row_sums(token_logp, row, config.objective, balance)
         engine.backward(objective.step_loss(made.sums, denominators, config.objective) * scale)
         plain_norm = _norm_without_zero(engine)
         engine.step()
@@ -204,11 +211,13 @@ def optimizer_step(
     waits = torch.zeros(world.size, dtype=torch.float64, device=world.device)
     waits[world.rank] = waited
     joined = all_reduce_sum(torch.cat([sums, task_sums, task_counts, extras, waits])).cpu()
-    sums, task_sums, task_counts, extras, waits = joined.split([3, len(TASKS), len(TASKS), len(extras), world.size])
+    sizes = [len(sums), len(TASKS), len(TASKS), len(extras), world.size]
+    sums, task_sums, task_counts, extras, waits = joined.split(sizes)
     norm = engine.get_global_grad_norm()
     norm = plain_norm if norm is None else norm
     return StepReport(
         loss=float(objective.step_loss(sums, denominators.cpu(), config.objective)),
+        load_balance=float(sums[3] / denominators[3]) if asked else float("nan"),
         task_loss={t: float(s / c) for t, s, c in zip(TASKS, task_sums, task_counts) if c > 0},
         supervised=int(denominators[0] + denominators[2]),
         tokens=int(extras[2]),
@@ -270,6 +279,7 @@ def _report(
         memory=memory_bytes(world.device),
         sample_hash=sample_hash(ids),
         routing=asdict(routing) if routing else None,
+        load_balance=None if math.isnan(report.load_balance) else report.load_balance,
     )
     writers.run_log.append(metrics)
     if writers.board:

@@ -56,7 +56,8 @@ class StepMetrics:
     that a mention or an object list of the step links to, `regions_unused` the other regions of its images (P6),
     an image once per group of samples on it. `data_wait` is the part of
     `step_time` spent waiting for the loader, largest over ranks. `mfu` is None where `mfu()` gives a reason.
-    `routing` is a `train.routing.Routing` as a dict, None for a model without adapters.
+    `routing` is a `train.routing.Routing` as a dict, None for a model without adapters;
+    `load_balance` the loss of a token router before its weight, None where the objective has none.
     """
 
     step: int
@@ -74,6 +75,7 @@ class StepMetrics:
     memory: int
     sample_hash: str
     routing: dict[str, Any] | None = None
+    load_balance: float | None = None
 
     def to_json(self) -> str:
         """One JSON line. NaN and infinities, which JSON lacks, become null and are named under "nonfinite"."""

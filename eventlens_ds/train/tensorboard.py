@@ -54,6 +54,8 @@ class Board:
         }
         if m.mfu is not None:
             values["perf/mfu"] = m.mfu
+        if m.load_balance is not None:
+            values["router/load_balance"] = m.load_balance
         self.scalars(m.step, values)
 
     def routing(self, step: int, routing: Routing) -> None:

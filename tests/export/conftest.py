@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from eventlens_ds.config.run_config import AdapterConfig
 from eventlens_ds.export import folder
+from tests.small_world import small_run
 
 TASKS = f"--data.tasks=[{','.join(AdapterConfig().tasks)}]"
 """Those with an adapter by default; the world holds more."""
@@ -41,3 +44,15 @@ def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("exported") / "model"
     assert folder.main(run_folder, out) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def bases(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `vision` and `language` with tiny published weights."""
+    root = tmp_path_factory.mktemp("published")
+    made = small_run(world_folder)
+    torch.manual_seed(3)
+    CLIPVisionModel(made.architecture.vision_config).save_pretrained(root / "vision")
+    LlamaForCausalLM(made.architecture.text_config).save_pretrained(root / "language")
+    made.tokenizer.hf.save_pretrained(root / "language")
+    return root

@@ -17,12 +17,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, CLIPVisionModel, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
 import eventlens_ds.model  # noqa: F401 - registers the classes
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.export import folder, peft_folder, predict
 from eventlens_ds.model import lora
+from eventlens_ds.model.peft_folder import own_name
 from eventlens_ds.runtime import checkpoint
 from eventlens_ds.runtime.failures import leave
 from tests.export.conftest import TASKS, train
@@ -39,7 +40,7 @@ class Exported(NamedTuple):
     language: Path
 
 
-def train_lora(data: Path, run: Path, *settings: str) -> Path:
+def train_lora(data: Path, run: Path, *settings: str, rank: int = RANK) -> Path:
     """Three steps of LoRA at a rate that moves it, on two ranks, all parameters partitioned."""
     zero = run.with_name("zero3.json")
     zero.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
@@ -49,25 +50,13 @@ def train_lora(data: Path, run: Path, *settings: str) -> Path:
     command += [
         "--io.tensorboard=false",
         TASKS,
-        f"--model.lora.rank={RANK}",
+        f"--model.lora.rank={rank}",
         "--model.preset=vicuna7b-clipL336",
         *settings,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return run
-
-
-@pytest.fixture(scope="module")
-def bases(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `vision` and `language` with tiny published weights."""
-    root = tmp_path_factory.mktemp("published")
-    made = small_run(world_folder)
-    torch.manual_seed(3)
-    CLIPVisionModel(made.architecture.vision_config).save_pretrained(root / "vision")
-    LlamaForCausalLM(made.architecture.text_config).save_pretrained(root / "language")
-    made.tokenizer.hf.save_pretrained(root / "language")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -178,15 +167,17 @@ def test_every_parameter_is_in_one_file_or_in_the_base(lora_run: Exported) -> No
     parts = AutoModel.from_pretrained(lora_run.out / "region_vlm", local_files_only=True)
     in_lora = set(lora.peft_names(parts.language_model).values())
     in_parts = set(load_file(lora_run.out / "region_vlm" / "model.safetensors"))
+    in_moa = {own_name(n) or n for n in load_file(lora_run.out / "moa" / lora_file())}
     named = dict(parts.named_parameters())
-    ours = {f"language_model.{n}" for n in in_lora} | in_parts
+    ours = {f"language_model.{n}" for n in in_lora} | in_parts | in_moa
+    assert in_moa == {n for n in named if n.startswith("adapters.")} and len(in_moa) == 40 and not in_moa & in_parts
     assert len(in_lora) == len(load_file(lora_run.out / lora_file())) == 8
     assert all(n.startswith(("vision_tower.", "language_model.")) for n in set(named) - ours)
     for name, tensor in held(lora_run.run).items():
         assert name in ours and torch.equal(named[name], tensor), name
     record = json.loads((lora_run.out / "export.json").read_text())
     assert record["peft"]["base"]["language_path"] == str(lora_run.language)
-    assert record["peft"]["tensors"] == {"lora": 8, "other": len(in_parts)}
+    assert record["peft"]["tensors"] == {"lora": 8, "adapters": 40, "other": len(in_parts)}
     digest = checkpoint.commit.sha256_file(lora_run.language / "model.safetensors")
     assert record["peft"]["base_sha256"]["model.language_path/model.safetensors"] == digest
     card = (lora_run.out / "README.md").read_text()
@@ -259,7 +250,7 @@ def test_what_another_program_wrote_below_is_not_touched(lora_run: Exported, tmp
 def test_runs_it_does_not_fit_are_refused(
     world_folder: Path, run_folder: Path, lora_run: Exported, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"has no LoRA \(model\.lora\.rank is 0\)"):
+    with pytest.raises(UserError, match="has no published folder that they could be loaded onto"):
         peft_folder.main(run_folder, tmp_path / "out")
     path = checkpoint.resolve(lora_run.run)
     assert path is not None
