@@ -71,8 +71,9 @@ def wake_adapters(model: Any) -> None:
 
 
 def small_architecture(config: RunConfig, tokenizer: Any, attention: str = "sdpa", **changes: Any) -> Any:
-    """RegionVLMConfig of width 32 with 2 layers a side and 16 visual tokens; `changes` are its own arguments."""
-    from transformers import CLIPVisionConfig, LlamaConfig
+    """RegionVLMConfig of width 32 with 2 layers a side and 16 visual tokens; `changes` are its own arguments. Preset
+    tiny-t5 has a T5 in place of the Llama."""
+    from transformers import CLIPVisionConfig, LlamaConfig, T5Config
 
     from eventlens_ds.model.attention import choose_form
     from eventlens_ds.model.configuration import RegionVLMConfig
@@ -91,7 +92,11 @@ def small_architecture(config: RunConfig, tokenizer: Any, attention: str = "sdpa
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
-    text._attn_implementation = choose_form(attention, "cpu", None)
+    encoder_decoder = config.model.preset == "tiny-t5"
+    if encoder_decoder:
+        shape = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+        text = T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **shape)
+    text._attn_implementation = choose_form(attention, "cpu", None, encoder_decoder=encoder_decoder)
     settings: dict[str, Any] = {
         "vision_level": -1,
         "linking": config.model.linking,

@@ -33,6 +33,7 @@ from eventlens_ds.data.loader import RunData
 from eventlens_ds.data.packing import Row
 from eventlens_ds.data.prompts import render
 from eventlens_ds.data.records import TASKS, Batch, EncodedGroup, Group
+from eventlens_ds.errors import UserError
 from eventlens_ds.model import objective
 from eventlens_ds.model.adapters import Routing
 from eventlens_ds.model.region_vlm import RegionVLM
@@ -47,7 +48,7 @@ NOBODY = -1
 ATTENTION = "sdpa"
 """Causal and without a mask: the fused kernel of torch on every device."""
 
-_HOST = ("box_offsets", "parents", "bounds")
+_HOST = ("box_offsets", "parents", "bounds", "start_slots")
 """Fields that stay on the CPU, as in `Batch.to`; they travel as arrays, which the Trainer does not move."""
 
 
@@ -135,6 +136,7 @@ def pad(flat: Batch, pad_id: int) -> tuple[Batch, int]:
         "image_slots": spread(flat.image_slots, -1),
         "region_slots": spread(flat.region_slots, -1),
         "soft_slots": spread(flat.soft_slots, 0),
+        "start_slots": spread(flat.start_slots, 0),
         "target_from": place[flat.target_from],
     }
     return Batch(**changed), count
@@ -145,6 +147,8 @@ class PaddedModel(nn.Module):
 
     def __init__(self, model: RegionVLM, weights: ObjectiveConfig) -> None:
         super().__init__()
+        if model.config.encoder_decoder:
+            raise UserError("the Trainer's padded sequences are those of decoder-only models, not of T5")
         self.model, self.weights = model, weights
 
     def forward(self, num_items_in_batch: torch.Tensor | None = None, **inputs: Any) -> dict[str, torch.Tensor]:

@@ -132,6 +132,8 @@ def flops_by_part(model: RegionVLM, seen: Mapping[str, int]) -> dict[str, float]
     config = model.config
     if config.visual_input != "projector" or config.adapters["router"] != "task":
         raise UserError("bench train: counts models with a projector and one adapter per task, not LION's parts")
+    if config.encoder_decoder:
+        raise UserError("bench train: counts decoder-only language models, not T5")
     tower = config.grid[0] * config.grid[1] + config.num_prefix_tokens
     total = dict.fromkeys(PARTS, 0.0)
     trains_vision, trains_adapters = (

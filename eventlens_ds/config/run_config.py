@@ -85,13 +85,14 @@ class LoraConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     preset: str = "tiny"
-    """tiny, small (everything from scratch) | base | vicuna7b-clipL336 | qwen-siglip; see model/presets.py."""
+    """tiny, small, tiny-t5 (everything from scratch) | base | vicuna7b-clipL336 | qwen-siglip | lion-flant5xl |
+    lion-flant5xxl; see model/presets.py. Those with t5 encode the prompt and decode the answer."""
     vision_path: str = ""
-    """Folder of a Hugging Face CLIP or SigLIP model; empty: the preset's shape, initialised from scratch."""
+    """Folder of a Hugging Face CLIP, SigLIP or InstructBLIP model; empty: the preset's shape, from scratch."""
     language_path: str = ""
-    """Folder of a Hugging Face causal LM; empty: the preset's shape, initialised from scratch."""
+    """Folder of a Hugging Face causal LM or T5; empty: the preset's shape, initialised from scratch."""
     tokenizer_path: str = ""
-    """Folder of a tokenizer; empty: language_path, for `tiny` and `small` the one built from the embedded grammar."""
+    """Folder of a tokenizer; empty: language_path, without one that built from the embedded grammar."""
     init_from: str = ""
     """LLaVA-1.5 HF folder whose tensors are mapped by name; unmatched are listed, unexpected are an error."""
     linking: Literal["add", "insert", "none"] = "add"
@@ -113,7 +114,8 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     attention: Literal["auto", "sdpa", "blocks", "varlen"] = "auto"
     """Form of the segment tree: sdpa (one 4-D mask), blocks (a mask per tree of the row), varlen (prefix keys
-    gathered per branch). auto: varlen where a fused kernel runs it, else blocks."""
+    gathered per branch). auto: varlen where a fused kernel runs it, else blocks. T5: sdpa, or blocks (each encoder and
+    decoder sequence by itself, also auto)."""
     kernels: Literal["", "reference", "triton", "csrc"] = ""
     """Backend of RoI-align and of the adapters; empty: chosen per op and device, as `doctor` shows."""
     dropout: float = 0.0
@@ -149,7 +151,7 @@ class DataConfig:
     row_tokens: int = 1024
     """Token budget of a packed row."""
     group_tokens: int = 0
-    """A group is closed when it would pass this many tokens; 0: row_tokens."""
+    """A group is closed when it would pass this many tokens; 0: row_tokens. Samples of T5 share no group."""
     layout: Literal["tree", "flat"] = "tree"
     """tree: the shared prefix once per group. flat: every leaf repeats its path (the reference; slower)."""
     workers: int = 1

@@ -19,8 +19,11 @@ from eventlens_ds.data.records import Batch, EncodedGroup
 
 def flatten(group: EncodedGroup) -> EncodedGroup:
     """Every leaf with a copy of its whole path as a segment of its own; a leaf stays a separate child segment."""
-    ids, image_slots, region_slots, soft_slots, tag_slots, bounds, leaves = [], [], [], [], [], [], []
+    per_token = ("input_ids", "image_slots", "region_slots", "soft_slots", "start_slots")
     tags = _tag_slots(group)
+    kept: list[np.ndarray] = []
+    bounds: list[tuple[int, int]] = []
+    leaves: list[int] = []
     parents: list[int] = []
     position = 0
     for leaf in group.leaf_segment:
@@ -32,23 +35,17 @@ def flatten(group: EncodedGroup) -> EncodedGroup:
         index = np.concatenate([np.arange(*group.bounds[node]) for node in reversed(path)])
         tail = np.arange(*group.bounds[leaf])
         for part, parent in ((index, -1), (tail, len(parents))):
-            ids.append(group.input_ids[part])
-            image_slots.append(group.image_slots[part])
-            region_slots.append(group.region_slots[part])
-            soft_slots.append(group.soft_slots[part])
-            tag_slots.append(tags[part])
+            kept.append(part)
             parents.append(parent)
             bounds.append((position, position + len(part)))
             position += len(part)
         leaves.append(len(parents) - 1)
+    every = np.concatenate(kept)
     return EncodedGroup(
         **{
             **vars(group),
-            "input_ids": np.concatenate(ids),
-            "image_slots": np.concatenate(image_slots),
-            "region_slots": np.concatenate(region_slots),
-            "soft_slots": np.concatenate(soft_slots),
-            "tag_slots": np.concatenate(tag_slots),
+            **{name: getattr(group, name)[every] for name in per_token},
+            "tag_slots": tags[every],
             "parents": np.asarray(parents, np.int32),
             "bounds": np.asarray(bounds, np.int32),
             "leaf_segment": np.asarray(leaves, np.int32),
@@ -99,6 +96,7 @@ class _Row:
             region_slots=shift(group.region_slots >= 0, group.region_slots + self.regions, -1),
             soft_slots=group.soft_slots,
             tag_slots=_tag_slots(group),
+            start_slots=group.start_slots,
             target_from=predicted_from + self.tokens,
             target_ids=target,
             target_leaf=leaf + self.leaves,
@@ -218,6 +216,7 @@ def collate(
         region_slots=padded(a["region_slots"], -1),
         soft_slots=padded(a["soft_slots"], 0).bool(),
         tag_slots=padded(a["tag_slots"], 0).bool(),
+        start_slots=padded(a["start_slots"], 0).bool(),
         instruction_ids=instruction_ids,
         instruction_mask=instruction_mask,
         target_from=torch.from_numpy(a["target_from"]),
@@ -268,6 +267,8 @@ def _missing_row(image_size: int, seed: int, pad_id: int) -> Batch:
         region_slots=torch.full((1,), -1),
         soft_slots=torch.zeros(1, dtype=torch.bool),
         tag_slots=torch.zeros(1, dtype=torch.bool),
+        # An encoder-decoder encodes this token and decodes from it; a decoder alone does not ask.
+        start_slots=torch.ones(1, dtype=torch.bool),
         instruction_ids=torch.zeros((0, 0), dtype=torch.int64),
         instruction_mask=torch.zeros((0, 0), dtype=torch.bool),
         target_from=none,

@@ -52,13 +52,16 @@ class EncodeSpec:
 
     instruction_tokens: tokens of the question that the Q-Former reads; above 0 samples with different questions do not
     share a group, because their visual tokens differ. question_tokenizer: folder of the tokenizer it reads them with;
-    empty: the language model's."""
+    empty: the language model's. encoder_decoder: a stem is closed by the end token, as T5 reads text, and followed by
+    the token at which the decoder starts (the padding token); samples do not share a group, because an encoder that
+    looks both ways computes the prefix anew for every question."""
 
     vision: VisionSpec
     linking: Linking
     style: PromptStyle = PromptStyle()
     instruction_tokens: int = 0
     question_tokenizer: str = ""
+    encoder_decoder: bool = False
 
 
 def pieces_length(pieces: Sequence[Piece], tokenizer: PieceTokenizer, spec: EncodeSpec) -> int:
@@ -107,7 +110,8 @@ def group_lengths(
     samples = []
     for sample in rendered.samples:
         leaves = sum(pieces_length(leaf, tokenizer, spec) + 1 for leaf in sample.leaves)
-        samples.append(SampleLength(pieces_length(sample.stem, tokenizer, spec), leaves, leaves))
+        stem = pieces_length(sample.stem, tokenizer, spec) + (2 if spec.encoder_decoder else 0)
+        samples.append(SampleLength(stem, leaves, leaves))
     return prefix, tuple(samples)
 
 
@@ -122,11 +126,15 @@ class _Segments:
     region_slots: list[int] = field(default_factory=list)
     soft_slots: list[bool] = field(default_factory=list)
     tag_slots: list[bool] = field(default_factory=list)
+    start_slots: list[bool] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     bounds: list[tuple[int, int]] = field(default_factory=list)
 
-    def add(self, pieces: Sequence[Piece], parent: int, *, bos: bool = False, leaf: bool = False) -> int:
-        """Append a segment and return its index. A leaf ends with the end token.
+    def add(
+        self, pieces: Sequence[Piece], parent: int, *, bos: bool = False, stem: bool = False, leaf: bool = False
+    ) -> int:
+        """Append a segment and return its index. A leaf ends with the end token; so does the stem of an
+        encoder-decoder, and the start of the decoder follows.
 
         In a leaf only the last token of a mention is linked: the tokens before it predict the rest of the name, and
         with the region already in them the name would be read off instead of being said.
@@ -143,6 +151,7 @@ class _Segments:
                 self.region_slots += [-1] * tokens
                 self.soft_slots += [False] * tokens
                 self.tag_slots += [False] * tokens
+                self.start_slots += [False] * tokens
                 continue
             if piece.soft:
                 self._token(self.tokenizer.pad, soft=True)
@@ -154,20 +163,25 @@ class _Segments:
             self.region_slots += [-1] * (len(ids) - linked) + [piece.region] * linked
             self.soft_slots += [False] * len(ids)
             self.tag_slots += [piece.tag >= 0] * len(ids)
+            self.start_slots += [False] * len(ids)
             if piece.region >= 0 and self.spec.linking == "insert":
                 self._token(self.tokenizer.pad, region=piece.region)
-        if leaf:
+        starts = stem and self.spec.encoder_decoder
+        if leaf or starts:
             self._token(self.tokenizer.eos)
+        if starts:
+            self._token(self.tokenizer.pad, start=True)
         self.parents.append(parent)
         self.bounds.append((start, len(self.ids)))
         return len(self.parents) - 1
 
-    def _token(self, token: int, region: int = -1, soft: bool = False) -> None:
+    def _token(self, token: int, region: int = -1, soft: bool = False, start: bool = False) -> None:
         self.ids.append(token)
         self.image_slots.append(-1)
         self.region_slots.append(region)
         self.soft_slots.append(soft)
         self.tag_slots.append(False)
+        self.start_slots.append(start)
 
 
 ImageLoader = Callable[[int], Resized]
@@ -190,7 +204,7 @@ def encode(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec, load_image
     leaf_weight: list[float] = []
     choices: list[tuple[np.ndarray, int, int]] = []
     for s, (sample, text) in enumerate(zip(group.samples, rendered.samples)):
-        stem = segments.add(text.stem, root)
+        stem = segments.add(text.stem, root, stem=True)
         first = len(leaf_segment)
         is_choice = sample.task in CHOICE_TASKS
         for leaf in text.leaves:
@@ -212,6 +226,7 @@ def encode(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec, load_image
         image_slots=np.asarray(segments.image_slots, np.int64),
         region_slots=np.asarray(segments.region_slots, np.int64),
         soft_slots=np.asarray(segments.soft_slots, np.bool_),
+        start_slots=np.asarray(segments.start_slots, np.bool_),
         instruction=np.asarray(asked.pop(), np.int64),
         leaf_segment=np.asarray(leaf_segment, np.int32),
         leaf_sample=np.asarray(leaf_sample, np.int32),

@@ -40,8 +40,8 @@ _CHUNK_IMAGES = 512
 class SampleTable:
     """Columns int32[N], sorted by (task, image, record, part). `prefix` is the prefix of the sample's own group
     when it stands alone; `blind` is 1 for a choice sample without a label; `alone` is 1 when the image has more
-    regions than a prefix lists by itself, so that two samples need not share their prefix; `asked` tells instructions
-    to a Q-Former apart (31 bits of a hash), 0 without one."""
+    regions than a prefix lists by itself, so that two samples need not share their prefix, and for an encoder-decoder,
+    whose samples never do; `asked` tells instructions to a Q-Former apart (31 bits of a hash), 0 without one."""
 
     columns: np.ndarray
     fingerprint: str
@@ -123,6 +123,8 @@ def _fingerprint(shards: ShardSet, tokenizer: PieceTokenizer, spec: EncodeSpec) 
     key: tuple[object, ...] = (LENGTHS_VERSION, PROMPT_VERSION, shards.fingerprint, tokenizer.fingerprint, layout)
     if spec.question_tokenizer:
         key += (question_tokenizer(spec.question_tokenizer).fingerprint,)
+    if spec.encoder_decoder:
+        key += ("encoder-decoder",)
     return hashlib.sha256(repr(key).encode()).hexdigest()[:20]
 
 
@@ -145,7 +147,8 @@ def _image_lengths(shards: ShardSet, tokenizer: PieceTokenizer, spec: EncodeSpec
             rendered = rendered_group(Group(sample.task, (image,), (sample,)), tokenizer, spec)
             prefix, (length,) = group_lengths(rendered, tokenizer, spec)
             blind = int(bool(sample.candidates) and sample.label is None)
-            alone = int(spec.style.list_objects and len(image.regions) > MAX_LISTED_REGIONS)
+            listed = spec.style.list_objects and len(image.regions) > MAX_LISTED_REGIONS
+            alone = int(listed or spec.encoder_decoder)
             asked = _hash(instruction(rendered.samples[0], tokenizer, spec))
             lines.append((i, record, part, TASKS.index(sample.task), prefix, *length, blind, alone, asked))
     return np.asarray(lines, np.int32).reshape(-1, len(COLUMNS)).T

@@ -125,6 +125,7 @@ class EncodedGroup:
     image_slots    int64[T]  index into the visual tokens of the group (image-major) or -1
     region_slots   int64[T]  index into the regions of the group or -1; many tokens may name one region (P6)
     soft_slots     bool[T]   where the soft prompt stands
+    start_slots    bool[T]   where the decoder of an encoder-decoder starts: the last token of every stem, else nowhere
     instruction    int64[L']  what the Q-Former is told, the same for all images of the group; often empty
     leaf_segment   int32[L]  the segment of every scored or supervised continuation
     leaf_sample    int32[L]  the sample it belongs to
@@ -139,6 +140,7 @@ class EncodedGroup:
     image_slots: np.ndarray
     region_slots: np.ndarray
     soft_slots: np.ndarray
+    start_slots: np.ndarray
     instruction: np.ndarray
     leaf_segment: np.ndarray
     leaf_sample: np.ndarray
@@ -173,6 +175,7 @@ class Batch:
     image_slots   int64[T]         index into N * P visual tokens (image-major) or -1
     region_slots  int64[T]         index into R or -1
     soft_slots    bool[T]          tokens whose embedding is the soft prompt
+    start_slots   bool[T]          tokens at which the decoder of an encoder-decoder starts; none for a decoder alone
     instruction_ids int64[N, L']   what the Q-Former is told about each image; instruction_mask bool[N, L']
     target_from   int64[K]         position whose hidden state predicts the token (the parent's last token for the
                                    first token of a segment)
@@ -193,6 +196,7 @@ class Batch:
     image_slots: torch.Tensor
     region_slots: torch.Tensor
     soft_slots: torch.Tensor
+    start_slots: torch.Tensor
     instruction_ids: torch.Tensor
     instruction_mask: torch.Tensor
     target_from: torch.Tensor
@@ -222,9 +226,9 @@ class Batch:
     """Annotated regions of the images (an image counts once per group) that no region slot names (P6)."""
 
     def to(self, device: str | torch.device) -> Batch:
-        """The batch on a device. What describes its shape (segments, box offsets) stays on the CPU: the forms of the
-        attention and the RoI plan are made from it without a device synchronisation."""
-        on_cpu = {"parents", "bounds", "box_offsets"}
+        """The batch on a device. What describes its shape (segments, starts, box offsets) stays on the CPU: the forms
+        of the attention and the RoI plan are made from it without a device synchronisation."""
+        on_cpu = {"parents", "bounds", "start_slots", "box_offsets"}
         moved = dict(vars(self))
         for name, value in moved.items():
             if isinstance(value, torch.Tensor) and name not in on_cpu:

@@ -80,13 +80,22 @@ class PieceTokenizer:
 
 
 def _without_leading_space(hf_tokenizer: Any) -> None:
-    """Switch off the dummy space that SentencePiece tokenizers put before every text they are given."""
+    """Switch off the dummy space that SentencePiece tokenizers put before every text they are given.
+
+    T5's puts one before every word and drops the blanks themselves, so that a piece could not say whether it continues
+    a word. With its split into words left out, blanks are what words begin with; runs of them stay one blank."""
     backend = getattr(hf_tokenizer, "backend_tokenizer", None)
     if backend is None or not any(mark in f"{backend.normalizer} {backend.pre_tokenizer}" for mark in _LEADING):
         return
     from tokenizers import Tokenizer
 
     made = json.loads(backend.to_str())
+    stages = (made["pre_tokenizer"] or {}).get("pretokenizers", [])
+    if {"WhitespaceSplit", "Metaspace"} <= {stage["type"] for stage in stages}:
+        made["pre_tokenizer"]["pretokenizers"] = [stage for stage in stages if stage["type"] != "WhitespaceSplit"]
+        one_blank = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
+        normalizers = [stage for stage in (made["normalizer"], one_blank) if stage]
+        made["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
     for stage in ("normalizer", "pre_tokenizer"):
         made[stage] = _never_prepend(made[stage])
     changed = Tokenizer.from_str(json.dumps(made))

@@ -6,7 +6,8 @@ forward; each sample keeps its own search:
   2. finish    those of the first B that end are put by, their score divided by length ** length_penalty
   3. go on     with the first B that do not end, until no beam can overtake the B finished texts
 Decision: token for token what transformers' generate(num_beams=B) does (early_stopping False) when it is given the
-embeddings of a prompt, as LION gives it: the repetition penalty then counts the generated tokens and not the prompt.
+embeddings of a prompt, as LION gives it: the repetition penalty then counts the generated tokens (of T5 with its start)
+and not the prompt.
 The number of forwards is that of eval/generate.py, so ranks keep step (P5).
 """
 
@@ -57,7 +58,9 @@ def search_row(
     check(search, len(tokenizer))
     prompt, ends = prompt_of(batch)
     roots = [_Beam(end=end, mentions=spelled) for end, spelled in zip(ends, mentions, strict=True)]
-    decoder = _Beams([_Sample([root]) for root in roots], search, tokenizer.eos)
+    # The text of an encoder-decoder begins with the token its decoder starts with.
+    begin = [tokenizer.pad] if prompt.start_slots.any() else []
+    decoder = _Beams([_Sample([root]) for root in roots], search, tokenizer.eos, begin)
     grow(
         forward,
         prompt,
@@ -120,8 +123,8 @@ class _Sample:
 class _Beams:
     """The Decoder of a row of searches."""
 
-    def __init__(self, samples: Sequence[_Sample], search: Search, eos: int) -> None:
-        self.samples, self.search, self.eos = samples, search, eos
+    def __init__(self, samples: Sequence[_Sample], search: Search, eos: int, begin: list[int]) -> None:
+        self.samples, self.search, self.eos, self.begin = samples, search, eos, begin
 
     def growing(self) -> list[_Beam]:
         return [beam for sample in self.samples if not sample.done for beam in sample.running]
@@ -140,8 +143,8 @@ class _Beams:
 
     def _processed(self, logp_LV: torch.Tensor, beams: Sequence[_Beam]) -> torch.Tensor:
         length = len(beams[0].tokens)
-        if length and self.search.repetition_penalty != 1.0:
-            said = torch.tensor([beam.tokens for beam in beams], device=logp_LV.device)
+        if len(self.begin) + length and self.search.repetition_penalty != 1.0:
+            said = torch.tensor([self.begin + beam.tokens for beam in beams], device=logp_LV.device)
             logp_LV = logp_LV.scatter(1, said, logp_LV.gather(1, said) * self.search.repetition_penalty)
         if length < self.search.min_new_tokens:
             logp_LV[:, self.eos] = -torch.inf

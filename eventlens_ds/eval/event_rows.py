@@ -245,6 +245,7 @@ def with_leaves(group: EncodedGroup, first: int, last: int) -> EncodedGroup:
         region_slots=group.region_slots[index],
         soft_slots=group.soft_slots[index],
         tag_slots=None if group.tag_slots is None else group.tag_slots[index],
+        start_slots=group.start_slots[index],
         parents=np.where(parents >= 0, renumber[parents], -1).astype(np.int32),
         bounds=np.stack([np.concatenate([[0], ends[:-1]]), ends], 1).astype(np.int32),
         leaf_segment=renumber[group.leaf_segment[wanted]].astype(np.int32),

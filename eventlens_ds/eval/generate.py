@@ -271,6 +271,7 @@ def prompt_of(batch: Batch) -> tuple[Batch, list[int]]:
         image_slots=batch.image_slots[index],
         region_slots=batch.region_slots[index],
         soft_slots=batch.soft_slots[index],
+        start_slots=batch.start_slots[index],
         target_from=batch.target_from[:0],
         target_ids=batch.target_ids[:0],
         target_leaf=batch.target_leaf[:0],
@@ -302,6 +303,7 @@ def _with_leaves(prompt: Batch, leaves: Sequence[Leaf], pad: int, linking: Linki
         image_slots=torch.cat([prompt.image_slots, torch.full_like(tokens, -1)]),
         region_slots=torch.cat([prompt.region_slots, regions]),
         soft_slots=torch.cat([prompt.soft_slots, torch.zeros_like(tokens, dtype=torch.bool)]),
+        start_slots=torch.cat([prompt.start_slots, torch.zeros(len(tokens), dtype=torch.bool)]),
     )
 
 

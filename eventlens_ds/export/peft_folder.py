@@ -77,6 +77,8 @@ def refuse(config: RunConfig, path: Path) -> None:
 def _write(staging: Path, source: folder.Source, part_size: str) -> dict[str, Any]:
     """Write the folders, read them back and compare; returns what the record says of them."""
     path, config, model, processor = source
+    if model.config.encoder_decoder:
+        raise UserError("--peft: LoRA and adapters of T5 have no PEFT folder; export this run without --peft")
     language = _write_lora(staging, config, model) if config.model.lora.rank else {}
     adapters = _write_adapters(staging / MOA, config, model) if config.model.adapters.bottleneck else {}
     parts = other_parts(model, config, path)

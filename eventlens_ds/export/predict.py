@@ -188,7 +188,8 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(what):
             raise DataError(f"{folder}: {what.replace('_', ' ')}: {min(map(str, report[what]))} ({len(report[what])})")
-    model.config.text_config._attn_implementation = choose_form("auto", device, model.dtype)
+    form = choose_form("auto", device, model.dtype, encoder_decoder=model.config.encoder_decoder)
+    model.config.text_config._attn_implementation = form
     return model.to(device).eval(), processor
 
 

@@ -152,12 +152,17 @@ def tree_blocks(parents: torch.Tensor, bounds: torch.Tensor, total_tokens: int) 
     return tuple(blocks)
 
 
-def choose_form(choice: str, device: torch.device | str, dtype: torch.dtype) -> str:
+def choose_form(choice: str, device: torch.device | str, dtype: torch.dtype, *, encoder_decoder: bool = False) -> str:
     """The attn_implementation for a `model.attention` setting: auto, sdpa, blocks or varlen.
 
-    auto takes varlen where a fused kernel for it exists (CUDA, half precision), else blocks.
+    auto takes varlen where a fused kernel for it exists (CUDA, half precision), else blocks. An encoder-decoder (T5)
+    has sdpa and blocks. Raises UserError for a form that does not exist or that the model cannot follow.
     """
     forms = {"sdpa": "sdpa", "blocks": BLOCKS, "varlen": VARLEN}
+    if encoder_decoder:
+        if choice == "varlen":
+            raise UserError("model.attention varlen: T5 adds a bias of distances, for which no varlen kernel exists")
+        choice = "blocks" if choice == "auto" else choice
     if choice == "auto":
         choice = "varlen" if _fused_kernel_runs(torch.device(device).type, dtype) else "blocks"
     if choice not in forms:

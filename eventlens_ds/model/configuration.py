@@ -1,8 +1,8 @@
 """RegionVLMConfig: what is needed to rebuild a RegionVLM, stored as config.json.
 
-In: a vision config (CLIP, SigLIP), a text config (Llama, Qwen2) and the choices of ours. Out: a
+In: a vision config (CLIP, SigLIP, EVA-ViT-g), a text config (Llama, Qwen2, T5) and the choices of ours. Out: a
 `PreTrainedConfig`. Decision: nested configs keep their own model_type, so any registered tower or causal LM of
-transformers can be named without a table of ours.
+transformers, and T5, can be named without a table of ours.
 """
 
 from __future__ import annotations
@@ -81,6 +81,17 @@ class RegionVLMConfig(PreTrainedConfig):
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         return self.text_config or self
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """The language model encodes the prompt and decodes the answer (T5)."""
+        return bool(getattr(self.text_config, "is_encoder_decoder", False))
+
+    @property
+    def ffn_layers(self) -> int:
+        """Feed-forward layers of the language model, each of which has a place for adapters."""
+        layers = self.text_config.num_hidden_layers
+        return layers + (self.text_config.num_decoder_layers if self.encoder_decoder else 0)
 
     @property
     def grid(self) -> tuple[int, int]:

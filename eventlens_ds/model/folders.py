@@ -29,7 +29,10 @@ CHUNK = 16 << 20
 """Bytes of tensors read from a file between two openings."""
 
 LANGUAGE, VISION = "language_model.", "vision_tower."
-ROWS_PER_TOKEN = (f"{LANGUAGE}model.embed_tokens.weight", f"{LANGUAGE}lm_head.weight")
+ROWS_PER_TOKEN = tuple(
+    f"{LANGUAGE}{name}.weight"
+    for name in ("model.embed_tokens", "shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+)
 """Parameters with one row per token: they grow with the tokenizer."""
 
 _WRAPPERS = ("", "vision_model.", "model.vision_model.", "vision_tower.vision_model.", "vision_tower.", LANGUAGE)

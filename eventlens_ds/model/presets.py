@@ -10,12 +10,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    InstructBlipVisionConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+    T5Config,
+)
 
 from eventlens_ds.config.run_config import ModelConfig, QFormerConfig
 from eventlens_ds.data.encode import EncodeSpec, Linking, VisionSpec
@@ -30,8 +39,15 @@ log = logging.getLogger(__name__)
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SIGLIP_STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-TOWERS = ("clip_vision_model", "siglip_vision_model")
+TOWERS = ("clip_vision_model", "siglip_vision_model", "instructblip_vision_model")
+FLAN_T5: dict[str, dict[str, Any]] = {
+    "lion-flant5xl": {"d_model": 2048, "d_ff": 5120, "num_heads": 32, "tie_word_embeddings": False},
+    "lion-flant5xxl": {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "tie_word_embeddings": False},
+}
+"""Sizes by preset; both have 24 + 24 layers, heads of 64 and an output matrix of their own."""
 
+
+PRESETS = ("tiny", "small", "base", "vicuna7b-clipL336", "qwen-siglip", "tiny-t5", *FLAN_T5)
 
 TINY_INIT = 0.08
 """Standard deviation of the tiny preset's weights, about 1 / sqrt(width): with 0.02 it learns far more slowly."""
@@ -41,7 +57,8 @@ SMALL_INIT = 0.07
 
 @dataclass(frozen=True)
 class Preset:
-    """from_scratch: the preset may be trained from random weights (tower included)."""
+    """from_scratch: the preset may be trained from random weights (tower included). text_changes: fields of the
+    language model's configuration that a folder does not decide."""
 
     vision: PreTrainedConfig
     text: PreTrainedConfig
@@ -50,6 +67,7 @@ class Preset:
     about: str
     visual_pool: int = 1
     initializer_range: float = 0.02
+    text_changes: dict[str, Any] = field(default_factory=dict)
 
 
 def preset(name: str, vocabulary: int) -> Preset:
@@ -60,6 +78,10 @@ def preset(name: str, vocabulary: int) -> Preset:
     if name == "small":
         about = "size of world_small; the tower is trained from scratch"
         return _from_scratch(vocabulary, width=192, layers=4, heads=6, image_size=144, spread=SMALL_INIT, about=about)
+    if name == "tiny-t5":
+        return _tiny_t5(vocabulary)
+    if name in FLAN_T5:
+        return _lion(name)
     clip_l = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -107,7 +129,46 @@ def preset(name: str, vocabulary: int) -> Preset:
             tie_word_embeddings=True,
         )
         return Preset(vision, qwen, -2, False, "Qwen2.5-1.5B shape with SigLIP-so400m/14-384")
-    raise UserError(f"model.preset {name!r}: known presets are tiny, small, base, vicuna7b-clipL336, qwen-siglip")
+    raise UserError(f"model.preset {name!r}: known presets are {', '.join(PRESETS)}")
+
+
+def _tiny_t5(vocabulary: int) -> Preset:
+    """The tower of tiny before a T5 of its size; the head is tied to the embeddings, as it learns faster so."""
+    text = T5Config(
+        vocab_size=vocabulary,
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=0,
+    )
+    return replace(preset("tiny", vocabulary), text=text, about="tiny with an encoder-decoder, trained from scratch")
+
+
+def _lion(name: str) -> Preset:
+    """EVA-ViT-g/14 as transformers' InstructBLIP has it, before FLAN-T5-XL or -XXL (LION-4B, LION-12B)."""
+    vision = InstructBlipVisionConfig(
+        hidden_size=1408,
+        intermediate_size=6144,
+        num_hidden_layers=39,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+        qkv_bias=True,
+    )
+    text = T5Config(
+        vocab_size=32128,
+        d_kv=64,
+        num_layers=24,
+        feed_forward_proj="gated-gelu",
+        **FLAN_T5[name],
+    )
+    about = f"EVA-ViT-g/14-224 with FLAN-T5-{name.removeprefix('lion-flant5').upper()}, the pair of LION"
+    # LION runs FLAN-T5 with exact GELU in place of the approximation it was trained with [released code].
+    return Preset(vision, text, -1, False, about, text_changes={"dense_act_fn": "gelu"})
 
 
 def _from_scratch(
@@ -162,7 +223,14 @@ def model_config(
         folder = model.language_path or model.init_from or "preset " + model.preset
         log.info("%s: vocabulary grows from %d to %d for the tokenizer", folder, text.vocab_size, len(tokenizer))
         text.vocab_size = len(tokenizer)
-    text._attn_implementation = choose_form(model.attention, device, dtype)
+    for key, value in known.text_changes.items():
+        if getattr(text, key) != value:
+            log.info("preset %s: %s of the language model is %r, not %r", model.preset, key, value, getattr(text, key))
+            setattr(text, key, value)
+    encoder_decoder = bool(getattr(text, "is_encoder_decoder", False))
+    if encoder_decoder:
+        _check_t5(text, model, tokenizer)
+    text._attn_implementation = choose_form(model.attention, device, dtype, encoder_decoder=encoder_decoder)
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = False
     mean, std = _statistics(vision, model.vision_path or model.init_from)
@@ -191,7 +259,8 @@ def encode_spec(config: RegionVLMConfig, style: PromptStyle, question_folder: st
     vision = VisionSpec(config.vision_config.image_size, config.visual_tokens, mean, std)
     instruction_tokens = config.qformer["instruction_tokens"] if config.reads_qformer else 0
     folder = question_folder if instruction_tokens else ""
-    return EncodeSpec(vision, cast(Linking, config.linking), style, instruction_tokens, question_tokenizer=folder)
+    linking = cast(Linking, config.linking)
+    return EncodeSpec(vision, linking, style, instruction_tokens, folder, config.encoder_decoder)
 
 
 def qformer_shape(qformer: QFormerConfig, vocabulary: int) -> dict[str, Any]:
@@ -199,6 +268,20 @@ def qformer_shape(qformer: QFormerConfig, vocabulary: int) -> dict[str, Any]:
     shape = asdict(qformer)
     folder = shape.pop("tokenizer_path")
     return {**shape, "vocabulary": len(question_tokenizer(folder)) if folder else vocabulary}
+
+
+def _check_t5(text: Any, model: ModelConfig, tokenizer: PieceTokenizer) -> None:
+    """Raises UserError for an encoder-decoder other than T5, and for a tokenizer whose padding token, with which
+    T5's decoder starts, is another one than the model's."""
+    if text.model_type != "t5":
+        raise UserError(
+            f"model.language_path {model.language_path}: {text.model_type} is an encoder-decoder but not T5"
+        )
+    start = getattr(text, "decoder_start_token_id", None)
+    start = text.pad_token_id if start is None else start
+    if start != tokenizer.pad:
+        where = model.tokenizer_path or model.language_path or "the embedded tokenizer"
+        raise UserError(f"{where}: its padding token is {tokenizer.pad}, but the decoder of T5 starts with {start}")
 
 
 def _parts(model: ModelConfig, known: Preset, from_scratch_is_fine: bool) -> tuple[Any, Any, int]:

@@ -6,7 +6,8 @@ The forward of one row:
   2. visual      projector, Q-Former or aggregator, or both of the last -> visual [N, P', D]
   3. regions     RoI-align of the chosen hidden states or of the aggregator -> regions [R, D]
   4. splice      visual tokens, region features and the soft prompt into the embeddings [T, D]
-  5. language    decoder layers over the segment tree, adapters by task id -> hidden [T, D]
+  5. language    decoder layers over the segment tree, or encoder and decoder (model/t5.py), adapters by task id
+                 -> hidden [T, D]
   6. head        only at positions that predict a supervised token -> log-probability [K]
 Decision: the forward takes one packed row and returns log-probabilities, not a loss, because every objective is a
 sum over leaves with a denominator that only the step knows (P8).
@@ -18,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, InstructBlipVisionModel, PreTrainedModel
 from transformers import initialization as init
 
 from eventlens_ds.data.records import Batch
@@ -31,6 +32,7 @@ from eventlens_ds.model.projector import Projector, pool_patches
 from eventlens_ds.model.qformer import QFormer
 from eventlens_ds.model.regions import RegionEncoder
 from eventlens_ds.model.splice import link_regions, splice_hint, splice_images
+from eventlens_ds.model.t5 import T5
 
 
 class SoftPrompt(nn.Module, SelfInitialised):
@@ -62,9 +64,8 @@ class RegionVLM(PreTrainedModel):
         vision_width, width = config.vision_config.hidden_size, config.text_config.hidden_size
         # Given explicitly, because each nested config would otherwise bring the dtype it was saved with.
         dtype = torch.get_default_dtype()
-        self.vision_tower = AutoModel.from_config(config.vision_config, dtype=dtype)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
-        adapt_layers(self.language_model, config.adapters["source"])
+        self.vision_tower = _vision_tower(config, dtype)
+        self.language_model = _language_model(config, dtype)
         if config.visual_input == "projector":
             self.projector = Projector(vision_width, width, config.dropout)
         self._add_branches(vision_width, width)
@@ -83,7 +84,7 @@ class RegionVLM(PreTrainedModel):
             )
         self.adapters = nn.ModuleList(
             new_adapters(config.adapters, config.tasks, width)
-            for _ in range(config.text_config.num_hidden_layers if config.adapters["bottleneck"] else 0)
+            for _ in range(config.ffn_layers if config.adapters["bottleneck"] else 0)
         )
         self.post_init()
 
@@ -114,7 +115,9 @@ class RegionVLM(PreTrainedModel):
             )
             self.qformer_projection = BertLinear(shape["width"], width)
         if config.soft_prompt:
-            self.soft_prompt = SoftPrompt(width, config.initializer_range)
+            # T5's embeddings start as N(0, factor), and so does LION's vector.
+            spread = getattr(config.text_config, "initializer_factor", config.initializer_range)
+            self.soft_prompt = SoftPrompt(width, spread)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Adapters):
@@ -207,16 +210,12 @@ class RegionVLM(PreTrainedModel):
     def forward(
         self, batch: Batch, vision_calls: int = 1, *, with_logits: bool = False, with_balance: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """One row -> token_logp float32[max(K, 1)]; `with_logits` -> (token_logp, logits float32[T, vocabulary]);
-        `with_balance` (router topk) -> (token_logp, load-balance loss times tokens, float32[])."""
+        """One row -> token_logp float32[max(K, 1)]; `with_logits` -> (token_logp, logits float32[T, vocabulary]), which
+        are not-a-number at tokens that only an encoder reads; `with_balance` (router topk) -> (token_logp, load-balance
+        loss times tokens, float32[])."""
         embeds = self.embed(batch, vision_calls)
         balance = Balance(group_members(batch, embeds.device)) if with_balance else None
-        hidden = self.language_model.model(
-            inputs_embeds=embeds[None],
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **self.attention_inputs(batch, embeds, balance),
-        ).last_hidden_state[0]
+        hidden = self.states(embeds, batch, balance)
         # A row without targets still runs the head, on its first position.
         wanted = batch.target_from if batch.target_from.numel() else batch.target_from.new_zeros(1)
         logits = self.language_model.lm_head(hidden[wanted]).float()
@@ -226,6 +225,22 @@ class RegionVLM(PreTrainedModel):
         if balance is not None:
             return token_logp, balance.mean()
         return (token_logp, self.language_model.lm_head(hidden).float()) if with_logits else token_logp
+
+    def states(self, embeds: torch.Tensor, batch: Batch, balance: Balance | None = None) -> torch.Tensor:
+        """The language model's states [T, D] at the tokens of a row, each of which predicts the next token."""
+        config = cast(RegionVLMConfig, self.config)
+        if config.encoder_decoder:
+            assert balance is None, "a load-balance loss of T5 is refused with the configuration"
+            return self.language_model.states(embeds, batch, config.text_config._attn_implementation, self._routing)
+        return self.language_model.model(
+            inputs_embeds=embeds[None],
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **self.attention_inputs(batch, embeds, balance),
+        ).last_hidden_state[0]
+
+    def _routing(self, task_ids_T: torch.Tensor, balance: Balance | None = None) -> Routing | None:
+        return Routing(self.adapters, task_ids_T, balance) if len(self.adapters) else None
 
     def attention_inputs(self, batch: Batch, embeds: torch.Tensor, balance: Balance | None = None) -> dict[str, Any]:
         """Keyword arguments of the decoder: the segment tree in the form of the backend, and the routing."""
@@ -237,9 +252,25 @@ class RegionVLM(PreTrainedModel):
             embeds.dtype,
             embeds.device,
         )
-        if len(self.adapters):
-            inputs["routing"] = Routing(self.adapters, batch.task_ids, balance)
-        return inputs
+        routing = self._routing(batch.task_ids, balance)
+        return inputs if routing is None else {**inputs, "routing": routing}
+
+
+def _vision_tower(config: RegionVLMConfig, dtype: torch.dtype) -> Any:
+    if config.vision_config.model_type == "instructblip_vision_model":
+        # No Auto class knows it by itself.
+        return InstructBlipVisionModel._from_config(config.vision_config, dtype=dtype)
+    return AutoModel.from_config(config.vision_config, dtype=dtype)
+
+
+def _language_model(config: RegionVLMConfig, dtype: torch.dtype) -> Any:
+    """The language model of a configuration, with a place for adapters at every FFN."""
+    source = config.adapters["source"]
+    if config.encoder_decoder:
+        return T5._from_config(config.text_config, dtype=dtype, source=source)
+    model = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
+    adapt_layers(model, source)
+    return model
 
 
 def group_members(batch: Batch, device: torch.device) -> torch.Tensor:

@@ -24,7 +24,7 @@ from eventlens_ds.config.run_config import RunConfig
 from eventlens_ds.data.encode import EncodeSpec
 from eventlens_ds.data.prompts import PromptStyle
 from eventlens_ds.data.tokenizer import PieceTokenizer, load_tokenizer
-from eventlens_ds.errors import DataError
+from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.model import folders, initial, lora, weights
 from eventlens_ds.model.configuration import RegionVLMConfig
 from eventlens_ds.model.presets import encode_spec, model_config
@@ -55,6 +55,13 @@ def describe(config: RunConfig, *, dry: bool = False) -> tuple[RegionVLMConfig, 
         dtype=model_dtype(config),
         from_scratch_is_fine=dry,
     )
+    if architecture.encoder_decoder and config.model.adapters.router == "topk" and config.objective.load_balance:
+        raise UserError("objective.load_balance: router topk has it for decoder-only models, not for T5; set it to 0")
+    if architecture.encoder_decoder and config.data.group_tokens:
+        raise UserError(
+            f"data.group_tokens {config.data.group_tokens}: T5 encodes a prefix anew for every question, so samples "
+            "share no group; leave it at 0"
+        )
     tag_tokens = config.data.tag_tokens if config.model.soft_prompt else -1
     style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens)
     return architecture, tokenizer, encode_spec(architecture, style, config.model.qformer.tokenizer_path)

@@ -30,7 +30,7 @@ __all__ = ["Trainable", "build", "describe", "new_model", "parameter_groups", "s
 
 log = logging.getLogger(__name__)
 
-_NO_DECAY = ("norm", "layrnorm", "bias", "scale", "embedding", "embed_tokens")
+_NO_DECAY = ("norm", "layrnorm", "bias", "scale", "embedding", "embed_tokens", "language_model.shared.")
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 In: a model whose stage is set, the tokens and images of a step. Out: FLOPs of the tower, the projector and region
 encoder, and the language model. Decision: products of weights only. The attention products of a segment tree depend
-on every tree of the step and are left out, so the MFU reported is a lower bound.
+on every tree of the step and are left out, so the MFU reported is a lower bound. Of an encoder-decoder a token passes
+one stack: all are counted as the encoder's, whose layers are the smaller ones, and the head is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class StepFlops:
     def __init__(self, model: nn.Module, config: RegionVLMConfig) -> None:
         self.sizes: dict[str, list[int]] = {}
         for name, parameter in model.named_parameters():
-            if "embed_tokens" in name or "embeddings" in name:
+            if "embed_tokens" in name or "embeddings" in name or _beyond_encoder(name, config):
                 continue
             size = self.sizes.setdefault(part_of(name), [0, 0])
             count = numel(parameter)
@@ -43,3 +44,13 @@ class StepFlops:
             backward = part != "vision" or trains_vision
             total += part_flops(seen, size, trained=trained / max(1, size), backward=backward)
         return total
+
+
+def _beyond_encoder(name: str, config: RegionVLMConfig) -> bool:
+    """A parameter of an encoder-decoder that tokens of the prompt do not pass: decoder, its adapters, head."""
+    if not config.encoder_decoder:
+        return False
+    parts = name.split(".")
+    if parts[0] == "adapters":
+        return int(parts[1]) >= config.text_config.num_hidden_layers
+    return parts[0] == "language_model" and parts[1] != "encoder"

@@ -15,6 +15,38 @@ from eventlens_ds.errors import DataError
 LAYOUTS = ("model only", "llama", "llama legacy", "json with prepend")
 
 
+@pytest.fixture
+def t5_folder(shared: Path, tmp_path: Path) -> Path:
+    """T5's tokenizer around the pieces of a real SentencePiece model."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers import T5Tokenizer
+
+    pieces = SentencePieceProcessor(model_file=str(shared / "data/tokenizers/sentencepiece_test_1000.model"))
+    known = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, len(pieces))]
+    made = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *known], extra_ids=0)
+    made.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_pieces_of_t5_join_and_say_what_its_words_say(t5_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    made = load_tokenizer(str(t5_folder))
+    assert (made.bos, made.eos, made.pad) == (None, 1, 0)
+    assert "".join(pieces(made, "he") + pieces(made, "llo")) == "hello"
+    assert "".join(pieces(made, "the") + pieces(made, " world")) == "the\u2581world"
+    assert made.decode([*made.ids(" the"), *made.ids(" wor"), *made.ids("ld")]) == "the world"
+    own = AutoTokenizer.from_pretrained(t5_folder)
+    for text in ("the world of men", "the  world\n of  men"):
+        assert list(made.ids(f" {text}")) == own(text, add_special_tokens=False)["input_ids"]
+
+
+def test_t5_without_the_guard_would_lose_where_words_begin(t5_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_without_leading_space", lambda hf: None)
+    with pytest.raises(DataError, match="puts a space or a mark around every text"):
+        load_tokenizer(str(t5_folder))
+
+
 @pytest.fixture(params=LAYOUTS)
 def folder(request: pytest.FixtureRequest, shared: Path, tmp_path: Path) -> Path:
     """Folders around a real SentencePiece model of 1,000 pieces, which has no byte fallback."""

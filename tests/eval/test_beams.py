@@ -122,6 +122,7 @@ def group(number: int, prefix: list[int], stems: list[list[int]]) -> EncodedGrou
         image_slots=nowhere,
         region_slots=nowhere,
         soft_slots=np.zeros(len(nowhere), np.bool_),
+        start_slots=np.zeros(len(nowhere), np.bool_),
         instruction=np.zeros(0, np.int64),
         leaf_segment=np.arange(2, 2 * count + 1, 2, dtype=np.int32),
         leaf_sample=np.arange(count, dtype=np.int32),

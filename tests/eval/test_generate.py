@@ -99,6 +99,7 @@ def test_greedy_equals_one_sequence_grown_by_hand(small: SmallRun) -> None:
                 "image_slots": torch.cat([batch.image_slots[index], blank]),
                 "region_slots": torch.cat([batch.region_slots[index], blank]),
                 "soft_slots": torch.zeros(length, dtype=torch.bool),
+                "start_slots": torch.zeros(length, dtype=torch.bool),
                 "target_from": batch.target_from[:0],
                 "target_ids": batch.target_ids[:0],
             }

@@ -12,7 +12,7 @@ from eventlens_ds.model.configuration import RegionVLMConfig
 from eventlens_ds.model.presets import model_config
 
 
-@pytest.mark.parametrize("preset", ["tiny", "base", "vicuna7b-clipL336", "qwen-siglip"])
+@pytest.mark.parametrize("preset", ["tiny", "base", "vicuna7b-clipL336", "qwen-siglip", "tiny-t5", "lion-flant5xl"])
 def test_it_survives_config_json(tmp_path: Path, preset: str) -> None:
     made = model_config(ModelConfig(preset=preset), load_tokenizer(""), from_scratch_is_fine=True)
     made.save_pretrained(tmp_path)

@@ -336,6 +336,7 @@ def _row(ids: torch.Tensor, pixels: torch.Tensor, image: int) -> Any:
         image_slots=slots,
         region_slots=torch.full((length,), -1),
         soft_slots=torch.zeros(length, dtype=torch.bool),
+        start_slots=torch.zeros(length, dtype=torch.bool),
         task_ids=torch.zeros(length, dtype=torch.int64),
     )
 
