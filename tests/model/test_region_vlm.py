@@ -262,8 +262,8 @@ def test_routing_on_a_module_attribute_is_wrong(small: SmallRun, monkeypatch: py
     def latest(layer: int, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return current["routing"](layer, x, residual)
 
-    def keep(self: RegionVLM, batch: Batch, embeds: torch.Tensor) -> dict[str, Any]:
-        made = inputs(self, batch, embeds)
+    def keep(self: RegionVLM, *given: Any) -> dict[str, Any]:
+        made = inputs(self, *given)
         current["routing"] = made["routing"]
         return {**made, "routing": latest}
 
