@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eventlens_ds import cli
+from eventlens_ds import cli, cli_data
 from eventlens_ds.errors import UserError
 
 ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -153,13 +153,13 @@ def test_rank_door_ignores_local_rank() -> None:
 
 @pytest.mark.parametrize(("text", "part"), [("0/4", (0, 4)), ("3/4", (3, 4))])
 def test_part(text: str, part: tuple[int, int]) -> None:
-    assert cli.parse_part(text) == part
+    assert cli_data.parse_part(text) == part
 
 
 @pytest.mark.parametrize("text", ["4/4", "1", "-1/4", "a/b", "0/0", "1/"])
 def test_part_refused(text: str) -> None:
     with pytest.raises(UserError, match="K/N"):
-        cli.parse_part(text)
+        cli_data.parse_part(text)
 
 
 def test_boxes() -> None:

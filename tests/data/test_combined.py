@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eventlens_ds import cli
+from eventlens_ds import cli_data
 from eventlens_ds.data.records import TASKS, Box, ImageRecord, Region
 from eventlens_ds.data.sources import SourceImage, rows, samples
 from eventlens_ds.data.sources import combined as combining
@@ -118,7 +118,7 @@ def test_sources_that_describe_an_image_differently_are_refused() -> None:
 
 
 def test_names() -> None:
-    assert f"any of {', '.join(combining.NAMES)}" == cli.SOURCES
+    assert f"any of {', '.join(combining.NAMES)}" == cli_data.SOURCES
     with pytest.raises(UserError, match="vcrr: unknown"):
         combining.open_source("vcr,vcrr", ".")
     with pytest.raises(UserError, match="twice"):
