@@ -25,8 +25,8 @@ from tests.model import tiny_folders as tiny
 
 SIZES = {
     # language model, adapters and gates, MLP of the aggregator (millions)
-    "lion_flant5xl_stage3": (2849.8, 25.8, 19.5),
-    "lion_flant5xxl_stage3": (11135.3, 51.5, 31.0),
+    "lion-flant5xl": (2849.8, 25.8, 19.5),
+    "lion-flant5xxl": (11135.3, 51.5, 31.0),
 }
 
 
@@ -34,20 +34,20 @@ def millions(model: Any, *prefixes: str) -> float:
     return round(sum(p.numel() for n, p in model.named_parameters() if n.startswith(prefixes)) / 1e6, 1)
 
 
-@pytest.mark.parametrize("recipe", SIZES)
-def test_parameters_are_those_of_lion(recipe: str) -> None:
-    """Computed on the meta device from the recipe, as its dry run does."""
-    architecture, _, spec = describe(load(recipe, []), dry=True)
+@pytest.mark.parametrize("preset", SIZES)
+def test_parameters_are_those_of_lion(preset: str) -> None:
+    """Computed on the meta device from a recipe, as its dry run does."""
+    architecture, _, spec = describe(load("lion_stage4", [f"--model.preset={preset}"]), dry=True)
     with torch.device("meta"):
         model = RegionVLM(architecture)
-    language, adapters, mlp = SIZES[recipe]
+    language, adapters, mlp = SIZES[preset]
     assert millions(model, "language_model.") == language
     assert millions(model, "adapters.") == adapters
     assert millions(model, "aggregator.") == 49.1
     assert millions(model, "aggregator_mlp.") == mlp
     assert millions(model, "vision_tower.") == 986.0
     per_layer = {sum(p.numel() for p in layer.parameters()) for layer in model.adapters}
-    assert len(model.adapters) == 48 and per_layer == {{"l": 536_706, "x": 1_073_282}[recipe[12].lower()]}
+    assert len(model.adapters) == 48 and per_layer == {{"lion-flant5xl": 536_706, "lion-flant5xxl": 1_073_282}[preset]}
     assert model.language_model.lm_head.weight is not model.language_model.shared.weight
     assert architecture.text_config.dense_act_fn == "gelu"
     assert (architecture.image_mean, architecture.image_std) == tuple(map(list, CLIP_STATISTICS))
