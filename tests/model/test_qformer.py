@@ -49,8 +49,8 @@ def pair(dtype: torch.dtype = torch.float64, frequency: int = 2) -> tuple[QForme
             parameter.normal_(std=0.4)
     state = {f"qformer.{name}": tensor for name, tensor in theirs.state_dict().items()}
     state["query_tokens"] = torch.randn(1, QUERIES, WIDTH, dtype=dtype)
-    mapped, unmatched = lion_names.from_instructblip(state)
-    assert not unmatched
+    mapped, unmatched, joined = lion_names.from_instructblip(state)
+    assert not unmatched and not joined
     ours = our_qformer(cross_attention_frequency=frequency).to(dtype)
     ours.load_state_dict({mapped[n].removeprefix("qformer."): t for n, t in state.items()})
     return ours, theirs

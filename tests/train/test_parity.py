@@ -82,13 +82,13 @@ def average_rows() -> None:
 
     counts, row_sums = objective.counts, objective.row_sums
 
-    def mean(token_logp: Any, batch: Any, config: Any) -> Any:
-        made = row_sums(token_logp, batch, config)
+    def mean(token_logp: Any, batch: Any, *rest: Any) -> Any:
+        made = row_sums(token_logp, batch, *rest)
         made.sums = made.sums / counts(batch).clamp(min=1).to(made.sums)
         return made
 
     objective.row_sums = mean
-    objective.counts = lambda batch: torch.ones(3, dtype=torch.float64)
+    objective.counts = lambda batch, **_: torch.ones(3, dtype=torch.float64)
 
 
 if __name__ == "__main__":
