@@ -12,8 +12,11 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache as cache_results
 from pathlib import Path
@@ -28,6 +31,7 @@ from eventlens_ds.data.question_tokenizer import question_tokenizer
 from eventlens_ds.data.records import TASKS, Group, ImageRecord, Sample
 from eventlens_ds.data.shards import ShardSet
 from eventlens_ds.data.tokenizer import PieceTokenizer, load_tokenizer
+from eventlens_ds.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -109,13 +113,22 @@ def _compute(shards: ShardSet, tokenizer_path: str, spec: EncodeSpec, workers: i
     starts = range(0, shards.num_images, _CHUNK_IMAGES)
     jobs = [(shards, tokenizer_path, spec, s, min(s + _CHUNK_IMAGES, shards.num_images)) for s in starts]
     if workers > 1 and len(jobs) > 1:
-        with multiprocessing.get_context("fork").Pool(min(workers, len(jobs))) as pool:
-            parts = pool.map(_lengths_job, jobs, chunksize=1)
+        fork = multiprocessing.get_context("fork")
+        try:
+            with ProcessPoolExecutor(min(workers, len(jobs)), fork, initializer=_end_on_sigterm) as pool:
+                parts = list(pool.map(_lengths_job, jobs))
+        except BrokenProcessPool:
+            raise DataError(f"{shards.folder}: a worker that counts tokens was killed (out of memory?)") from None
     else:
         parts = [_lengths_job(job) for job in jobs]
     columns = np.concatenate([*parts, np.zeros((len(COLUMNS), 0), np.int32)], axis=1)
     order = np.lexsort([columns[COLUMNS.index(c)] for c in ("part", "record", "image", "task")])
     return np.ascontiguousarray(columns[:, order])
+
+
+def _end_on_sigterm() -> None:
+    """In a worker. The handler of a rank, inherited, would raise in whatever the worker waits for, or not at all."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _fingerprint(shards: ShardSet, tokenizer: PieceTokenizer, spec: EncodeSpec) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from eventlens_ds.data.lengths import group_index, sample_table
 from eventlens_ds.data.prompts import Piece, PromptStyle
 from eventlens_ds.data.records import TASKS
 from eventlens_ds.data.shards import ShardSet
+from eventlens_ds.errors import DataError
 from tests.small_world import SmallRun, small_config, small_run
 
 
@@ -149,3 +152,36 @@ def test_limit_tasks_and_blind_questions(small: SmallRun) -> None:
 
 def test_data_config_defaults_fit_the_prompt_style() -> None:
     assert PromptStyle(DataConfig().list_objects, DataConfig().event_context) == PromptStyle()
+
+
+def test_workers_end_by_signals_whatever_handler_the_rank_has(
+    world_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool ended by SIGTERM once waited for ever: the rank's handler, inherited, had swallowed it."""
+    plain = lengths._image_lengths
+
+    def checked(*given: Any) -> Any:
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        return plain(*given)
+
+    shards = ShardSet.open(world_folder, "train")
+    spec = small_run(world_folder).spec
+    monkeypatch.setattr(lengths, "_CHUNK_IMAGES", 8)
+    alone = lengths.sample_table(shards, "", spec)
+    monkeypatch.setattr(lengths, "_image_lengths", checked)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        assert np.array_equal(lengths.sample_table(shards, "", spec, workers=2).columns, alone.columns)
+        monkeypatch.setattr(lengths, "_end_on_sigterm", int)
+        with pytest.raises(AssertionError):
+            lengths.sample_table(shards, "", spec, workers=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_killed_worker_is_one_line(world_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lengths, "_CHUNK_IMAGES", 8)
+    monkeypatch.setattr(lengths, "_image_lengths", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    spec = small_run(world_folder).spec
+    with pytest.raises(DataError, match="a worker that counts tokens was killed"):
+        lengths.sample_table(ShardSet.open(world_folder, "train"), "", spec, workers=2)
