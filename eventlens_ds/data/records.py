@@ -217,9 +217,9 @@ class Batch:
     """Index of the (first) image of every sample."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     real_tokens: int = 0
+    """Tokens before padding; 0 marks a missing row, which is run and weighted zero."""
     tag_slots: torch.Tensor | None = None
     """bool[T]: tokens of listed tags, which the control blank hides; None where nobody marked them."""
-    """Tokens before padding; 0 marks a missing row, which is run and weighted zero."""
     regions_used: int = 0
     """Regions that a region slot names."""
     regions_unused: int = 0

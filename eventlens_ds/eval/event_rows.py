@@ -120,7 +120,7 @@ def generation_rows(
 ) -> Scored:
     """Generation rows without novel marks, in the order of `found`, and the events that got none. A collective.
 
-    forward: as RegionVLM.forward, with `with_logits`. The events of one image are continued behind one prompt.
+    forward: as generate.Forward. The events of one image are continued behind one prompt.
     """
     groups, lengths = _by_image(data, found)
     planned = sequential_rows([_table("events", lengths)], row_tokens=data.config.row_tokens)

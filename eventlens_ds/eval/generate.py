@@ -5,6 +5,7 @@ A step puts one leaf per wanted text below its stem, holding the tokens so far, 
 it makes of them is up to a `Decoder`: the greedy and the nucleus one are here, beam search is in eval/beams.py.
 Decision: no key-value cache and a number of forwards that is fixed or agreed over ranks. A forward is the one that
 trains (same tree, adapters, splice), so it runs under ZeRO-3, and ranks with short answers or no row keep step (P5).
+Images are encoded by the first forward alone, and the head runs only where a token is wanted.
 A finished region name is linked to its region again in the next step, as a teacher-forced answer is.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -25,8 +26,9 @@ from eventlens_ds.data.records import Batch, Group
 from eventlens_ds.data.tokenizer import PieceTokenizer
 from eventlens_ds.errors import UserError
 
-Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-"""forward(batch, vision_calls, with_logits=True) -> (token_logp, logits [T, V]), as RegionVLM.forward."""
+Forward = Callable[..., tuple[torch.Tensor, Any]]
+"""forward(batch, vision_calls, read=int64[L], encoded=None or what the last call returned) -> (logits [L, V], encoded),
+as RegionVLM.forward."""
 
 Mentions = Mapping[tuple[int, ...], int]
 """Token ids of a region's name -> its index in `Batch.boxes`."""
@@ -162,17 +164,18 @@ def grow(
     """
     idle = collate([], visual_tokens=0, image_size=prompt.pixel_values.shape[-1], seed=0, pad_id=tokenizer.pad)
     idle, prompt = idle.to(device), prompt.to(device)
+    encoded = None
     with torch.no_grad():
         for token in range(max_new_tokens):
             growing = decoder.growing()
             if token and finished is not None and finished(not growing):
                 break
             row = _with_leaves(prompt, growing, tokenizer.pad, linking) if growing else idle
-            _, logits = forward(row, vision_calls, with_logits=True)
+            read = torch.tensor(_read_positions(prompt, growing) if growing else [0], device=row.input_ids.device)
+            logits, encoded = forward(row, vision_calls, read=read, encoded=encoded)
             if growing:
-                read = torch.tensor(_read_positions(prompt, growing), device=logits.device)
                 # A model may have more rows in its vocabulary than the tokenizer can spell.
-                decoder.take(logits[read, : len(tokenizer)])
+                decoder.take(logits[:, : len(tokenizer)])
 
 
 def choose(scores_V: torch.Tensor, top_p: float, uniform: float) -> int:

@@ -125,7 +125,7 @@ def answer_rows(
 ) -> Scored:
     """Rows in the order of `found`, and the questions that got none. A collective.
 
-    forward: as RegionVLM.forward, with `with_logits`. Under the control permute_regions, "permuted" says of a row
+    forward: as generate.Forward. Under the control permute_regions, "permuted" says of a row
     whether its image has regions that could trade places. Raises UserError when no prompt fits a row.
     """
     task = found[0].sample.task

@@ -15,7 +15,7 @@ sum over leaves with a denominator that only the step knows (P8).
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -48,6 +48,13 @@ class SoftPrompt(nn.Module, SelfInitialised):
 
     def forward(self, embeds_TD: torch.Tensor, soft_slots_T: torch.Tensor) -> torch.Tensor:
         return splice_hint(embeds_TD, self.hint, soft_slots_T)
+
+
+class Encoded(NamedTuple):
+    """visual [N', P', D] and regions [R', D] (None without linking) of a row, see `visual_tokens`, `encode_regions`."""
+
+    visual: torch.Tensor
+    regions: torch.Tensor | None
 
 
 class RegionVLM(PreTrainedModel):
@@ -191,29 +198,52 @@ class RegionVLM(PreTrainedModel):
             offsets = torch.cat([offsets, offsets[-1:].expand(padded)])
         return self.regions(levels, boxes, offsets)
 
-    def embed(self, batch: Batch, vision_calls: int = 1) -> torch.Tensor:
-        """Embeddings [T, D] of a row, images and regions in place."""
+    def encode(self, batch: Batch, vision_calls: int = 1) -> Encoded:
+        """What the text of a row reads of its images; the same for every text behind the same images."""
         config = cast(RegionVLMConfig, self.config)
         states = self.encode_images(batch.pixel_values, vision_calls)
         aggregated = self.aggregator(states) if config.uses_aggregator else None
+        visual = self.visual_tokens(states, aggregated, batch)
+        if config.linking == "none":
+            return Encoded(visual, None)
+        levels = [states[i] for i in config.roi["levels"]]
+        if aggregated is not None and config.roi["source"] == "aggregator":
+            levels = [aggregated]
+        return Encoded(visual, self.encode_regions(levels, batch))
+
+    def embed(self, batch: Batch, vision_calls: int = 1, encoded: Encoded | None = None) -> torch.Tensor:
+        """Embeddings [T, D] of a row, images and regions in place; `encoded` stands in for the tower's work."""
+        config = cast(RegionVLMConfig, self.config)
+        visual, regions = encoded or self.encode(batch, vision_calls)
         embeds = self.get_input_embeddings()(batch.input_ids[0])
-        embeds = splice_images(embeds, self.visual_tokens(states, aggregated, batch), batch.image_slots)
+        embeds = splice_images(embeds, visual, batch.image_slots)
         if config.soft_prompt:
             embeds = self.soft_prompt(embeds, batch.soft_slots)
-        if config.linking != "none":
-            levels = [states[i] for i in config.roi["levels"]]
-            if aggregated is not None and config.roi["source"] == "aggregator":
-                levels = [aggregated]
-            embeds = link_regions(embeds, self.encode_regions(levels, batch), batch.region_slots, config.linking)
+        if regions is not None:
+            embeds = link_regions(embeds, regions, batch.region_slots, config.linking)
         return embeds
 
     def forward(
-        self, batch: Batch, vision_calls: int = 1, *, with_logits: bool = False, with_balance: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self,
+        batch: Batch,
+        vision_calls: int = 1,
+        *,
+        with_logits: bool = False,
+        with_balance: bool = False,
+        read: torch.Tensor | None = None,
+        encoded: Encoded | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, Encoded]:
         """One row -> token_logp float32[max(K, 1)]; `with_logits` -> (token_logp, logits float32[T, vocabulary]), which
         are not-a-number at tokens that only an encoder reads; `with_balance` (router topk) -> (token_logp, load-balance
-        loss times tokens, float32[])."""
-        embeds = self.embed(batch, vision_calls)
+        loss times tokens, float32[]).
+
+        A step of generation gives `read` int64[L], L >= 1: -> (logits float32[L, vocabulary] at those tokens, what was
+        encoded of the images). The next step hands that back as `encoded`, and the tower rests; all ranks must (P5)."""
+        if read is not None:
+            encoded = encoded or self.encode(batch, vision_calls)
+            hidden = self.states(self.embed(batch, encoded=encoded), batch)
+            return self.language_model.lm_head(hidden[read]).float(), encoded
+        embeds = self.embed(batch, vision_calls, encoded)
         balance = Balance(group_members(batch, embeds.device)) if with_balance else None
         hidden = self.states(embeds, batch, balance)
         # A row without targets still runs the head, on its first position.

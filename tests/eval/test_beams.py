@@ -63,7 +63,7 @@ class Language:
             self.model.lm_head.weight.mul_(25)
         self.rows: list[int] = []
 
-    def __call__(self, batch: Batch, vision_calls: int, *, with_logits: bool) -> Any:
+    def __call__(self, batch: Batch, vision_calls: int, *, read: torch.Tensor, encoded: Any) -> Any:
         self.rows.append(batch.real_tokens)
         logits = torch.zeros(batch.input_ids.shape[1], WORDS)
         parents, bounds = batch.parents.tolist(), batch.bounds.tolist()
@@ -80,7 +80,7 @@ class Language:
         found = self.model(batch.input_ids[0, index]).logits
         for path, (start, end), each in zip(paths, bounds, found):
             logits[start:end] = each[len(path) - (end - start) : len(path)]
-        return torch.zeros(1), logits
+        return logits[read], None
 
     def reference(self, prompt: Sequence[int], search: Search) -> str:
         embeds = self.model.model.embed_tokens(torch.tensor([list(prompt)]))

@@ -17,15 +17,16 @@ NEW = 5
 
 
 class Counted:
-    """The model's forward, and how often it was called with how many images."""
+    """The model's forward, and how often it was called with how many images; again without what the last call saw of
+    them if `afresh`."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model.eval()
+    def __init__(self, model: Any, afresh: bool = False) -> None:
+        self.model, self.afresh = model.eval(), afresh
         self.images: list[int] = []
 
-    def __call__(self, batch: Batch, vision_calls: int, *, with_logits: bool) -> Any:
+    def __call__(self, batch: Batch, vision_calls: int, *, read: torch.Tensor, encoded: Any) -> Any:
         self.images.append(batch.pixel_values.shape[0])
-        return self.model(batch, vision_calls, with_logits=with_logits)
+        return self.model(batch, vision_calls, read=read, encoded=None if self.afresh else encoded)
 
 
 class Scripted:
@@ -35,7 +36,7 @@ class Scripted:
         self.answers, self.vocabulary = answers, vocabulary
         self.rows: list[Batch] = []
 
-    def __call__(self, batch: Batch, vision_calls: int, *, with_logits: bool) -> Any:
+    def __call__(self, batch: Batch, vision_calls: int, *, read: torch.Tensor, encoded: Any) -> Any:
         logits = torch.zeros(batch.input_ids.shape[1], self.vocabulary)
         grown = len(self.rows)
         self.rows.append(batch)
@@ -47,7 +48,7 @@ class Scripted:
             places = [end - 1 for end in batch.bounds[-len(alive) :, 1].tolist()] if alive else []
         for place, answer in zip(places, alive):
             logits[place, answer[grown]] = 1.0
-        return torch.zeros(1), logits
+        return logits[read], None
 
 
 def members(run: SmallRun, task: str, count: int = 2) -> list[tuple[int, int]]:
@@ -74,6 +75,19 @@ def test_layouts_agree(small: SmallRun, world_folder: Any) -> None:
     row = members(small, "event", 1)
     tree = generate(forward, small.data, row, device="cpu", max_new_tokens=NEW)
     assert generate(forward, flat.data, row, device="cpu", max_new_tokens=NEW) == tree
+
+
+def test_images_are_encoded_once_and_read_by_every_step(small: SmallRun) -> None:
+    model = small.model()
+    seen: list[int] = []
+    model.vision_tower.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[0]))
+    row = [*members(small, "event"), *members(small, "vcr_answer", 1)]
+    settings: dict[str, Any] = {"device": "cpu", "max_new_tokens": NEW}
+    once = Counted(model)
+    texts = generate(once, small.data, row, **settings)
+    assert len(seen) == 1 and len(once.images) == NEW
+    assert generate(Counted(model, afresh=True), small.data, row, **settings) == texts
+    assert len(seen) == 1 + NEW
 
 
 def test_greedy_equals_one_sequence_grown_by_hand(small: SmallRun) -> None:
@@ -133,7 +147,8 @@ def test_generated_names_meet_their_regions_as_written_ones_do(world_folder: Any
 
     texts, rows = grown(linking)
     assert texts == [run.tokenizer.decode(a) for a in answers]
-    whole = max((n for n, a in enumerate(answers)), key=lambda n: len(answers[n]))
+    # The last leaf of the last row: of the longest answers the last.
+    whole = max(range(len(answers)), key=lambda n: (len(answers[n]), n))
     last = rows[longest - 1]
     start, end = last.bounds[-1].tolist()
     written = (batch.target_leaf == first[whole]).nonzero()[:-1, 0]
