@@ -28,6 +28,19 @@ RELATION_QUESTIONS: dict[str, tuple[str, str]] = {
 }
 """Question of each relation without and with a subject, the first region that the event mentions."""
 
+STEMS: dict[str, tuple[str, str, str]] = {
+    "caption": (" Describe the picture. Answer:", "", ""),
+    "rec": (" Can you locate ", "expression", " and let me know its coordinates? Answer:"),
+    "reg": (" Describe the region ", "box", ". Answer:"),
+    "vqa": (" ", "question", " Answer:"),
+    "pope": (" ", "question", " Answer:"),
+    "vsr": (" ", "statement", " Is this true? Answer:"),
+}
+"""Tasks that ask in one form: what stands before a turn of the sample, the turn's name or "" for none, what follows."""
+
+HINT = (" According to", ", you are allowed to use or partially use the following tags: [", "].")
+"""LION's head before the soft prompt, after it, and the end of the list [released code]."""
+
 
 class PromptStyle(NamedTuple):
     """Choices of wording that a run makes (DataConfig explains them); part of every length and plan.
@@ -126,9 +139,8 @@ def _tags(m: int, tags: Sequence[str]) -> list[Piece]:
     if not tags:
         return []
     listed = [Piece(f", {tag}" if i else tag, tag=m) for i, tag in enumerate(tags)]
-    head = [Piece(" According to"), Piece("", soft=True)]
-    head.append(Piece(", you are allowed to use or partially use the following tags: ["))
-    return [*head, *listed, Piece("].")]
+    before, after, end = HINT
+    return [Piece(before), Piece("", soft=True), Piece(after), *listed, Piece(end)]
 
 
 def shorten_tags(pieces: Sequence[Piece], length: Callable[[str], int], budget: int) -> tuple[Piece, ...]:
@@ -156,16 +168,9 @@ def _stem(sample: Sample, style: PromptStyle) -> list[str | Tokens]:
         return [" ", turns["question"], " Answer: ", turns["answer"], " Why?"]
     if sample.task == "event":
         return _event_stem(sample, turns, style)
-    if sample.task == "caption":
-        return [" Describe the picture. Answer:"]
-    if sample.task == "rec":
-        return [" Can you locate ", turns["expression"], " and let me know its coordinates? Answer:"]
-    if sample.task == "reg":
-        return [" Describe the region ", turns["box"], ". Answer:"]
-    if sample.task in ("vqa", "pope"):
-        return [" ", turns["question"], " Answer:"]
-    if sample.task == "vsr":
-        return [" ", turns["statement"], " Is this true? Answer:"]
+    if sample.task in STEMS:
+        before, turn, after = STEMS[sample.task]
+        return [before, turns[turn], after] if turn else [before]
     raise ValueError(f"sample {sample.id}: no prompt for task {sample.task!r}")
 
 

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eventlens_ds.data.boxes import from_normalised, iou
-from eventlens_ds.data.records import Box
+from eventlens_ds.data.boxes import from_normalised
 from eventlens_ds.data.sources import combined, samples, world_draw, world_regions, world_scene
 from eventlens_ds.data.sources.world_scene import OBJECTS, PEOPLE_WEIGHTS, PLACES, POSES, SHIRTS, Scene
 
@@ -54,7 +53,9 @@ def test_an_expression_names_exactly_one_region_and_its_box() -> None:
         assert len(rows) == 2 * len(scene.people) + len(scene.things)
         for row in rows:
             (region,) = regions_named(scene, row["expression"])
-            assert iou(from_normalised(row["bbox"], 96, 96), Box(*boxes[region])) > 0.97
+            # Nothing but the rounding to whole pixels, and then to three decimals, lies between them.
+            found = from_normalised(row["bbox"], 96, 96)
+            assert np.abs(np.subtract([found.x1, found.y1, found.x2, found.y2], boxes[region])).max() <= 0.5 + 0.048
             kinds.add(re.sub("|".join((*OBJECTS, *SHIRTS, *VERBS)), "*", row["expression"]))
         assert len({(row["expression"]) for row in rows}) == len(rows)
     assert kinds == {

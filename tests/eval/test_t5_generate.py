@@ -22,7 +22,7 @@ from tests.small_world import SmallRun, small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")
 NEW = 8
-OFTEN = 231
+OFTEN = 19
 """A token that this model likes to say."""
 
 
@@ -51,7 +51,7 @@ def spread(run: SmallRun) -> RegionVLM:
         for block in model.language_model.decoder.block:
             block.layer[0].SelfAttention.q.weight.mul_(10)
             block.layer[0].SelfAttention.o.weight.mul_(10)
-            block.layer[1].EncDecAttention.o.weight.mul_(10)
+            block.layer[1].EncDecAttention.o.weight.mul_(20)
         model.language_model.decoder.final_layer_norm.weight.mul_(4)
         words = model.language_model.shared.weight
         words[run.tokenizer.eos] = 1.2 * words[OFTEN]

@@ -42,7 +42,8 @@ def ways_to_say(scene: Scene, person: Person) -> list[str]:
 
 
 def expressions(scene: Scene, boxes: Sequence[Sequence[float]], size: int) -> Iterator[dict[str, Any]]:
-    """Rows of rec.jsonl in region order: two different expressions per person, one per object."""
+    """Rows of rec.jsonl in region order: two different expressions per person, one per object; boxes to whole pixels,
+    as Visual Genome's are."""
     rng = scene.rng("expressions")
     said: list[tuple[int, str, bool]] = []
     for person in scene.people:
@@ -50,7 +51,7 @@ def expressions(scene: Scene, boxes: Sequence[Sequence[float]], size: int) -> It
         said += [(person.box, ways[i], person.held_out) for i in rng.choice(len(ways), 2, replace=False)]
     said += [(thing.box, thing.name, False) for thing in scene.things]
     for box, text, held_out in said:
-        shares = [round(value / size, 3) for value in boxes[box]]
+        shares = [round(round(value) / size, 3) for value in boxes[box]]
         row = {"expression": text, "bbox": shares, "width": size, "height": size}
         yield {**row, "held_out": held_out}
 
@@ -99,6 +100,18 @@ def tags(scene: Scene) -> list[str]:
     """Objects in class order, the place, and the poses in their order."""
     poses = {person.pose for person in scene.people}
     return [*_present(scene), scene.place, *(pose for pose in POSES if pose in poses)]
+
+
+def corpus() -> list[str]:
+    """Every form above with words of the grammar: beside world_text.corpus, all that a tokenizer must know."""
+    forms = [
+        "where is this?", "how many people are there?", "is there a cup?", "Is there an apple in the image?", "yes no",
+        "what is the shirt color of the person with the cup?", "what is the person in red doing?",
+        "what object is with the person in red?", "The cup is left of the apple.", "The person in red lifts the cup.",
+        "The apple is right of the cup.", "person with the cup", "person in red who",
+    ]  # fmt: skip
+    forms += [f"person who {done} the cup" for done in DOING.values()] + list(ACTIONS.values())
+    return [" " + form for form in forms]
 
 
 class ObjectCounts:
