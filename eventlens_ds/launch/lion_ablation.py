@@ -54,6 +54,7 @@ def summarise(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     found = {seed: json.loads((out / f"seed-{seed}" / "summary.json").read_text()) for seed in seeds}
     arms: dict[str, list[dict[str, float]]] = {}
     for summary in found.values():
+        arms.setdefault("start", []).append(summary["start"])
         for n in STAGES:
             arms.setdefault(f"stage {n}", []).append(summary["stages"][n])
         arms.setdefault("single stage, equal steps", []).append(summary["single_stage"])

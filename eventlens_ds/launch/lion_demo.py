@@ -6,7 +6,7 @@ In: an output folder. Out: OUT/summary.json and a table. The stages are processe
   3. train        tiny_lion_1 .. tiny_lion_4, each from the one before
   4. train        tiny_lion_single from the same start, as many steps as the four together
   5. train        tiny_lion_3 and tiny_lion_4 from stage 2 with the gates left one-hot: no router
-  6. eval         captions, questions (VQA), boxes (REC) and expressions (REG) after every stage and arm
+  6. eval         captions, questions (VQA), boxes (REC) and expressions (REG) at the start, after every stage and arm
 Decision: OUT/stages.json says what is done, as in world_small, and no number is computed here: an arm that loses to
 another is printed like one that wins.
 """
@@ -45,7 +45,7 @@ def arms(total: int) -> list[Arm]:
     """All runs in order; total = steps of the four stages together."""
     staged = [Arm(f"stage{n}", f"tiny_lion_{n}", f"stage{int(n) - 1}") for n in STAGES]
     return [
-        Arm("stage0", "tiny_lion_0", "", scored=False),
+        Arm("stage0", "tiny_lion_0", ""),
         *staged,
         Arm("single_stage", "tiny_lion_single", "stage0", (f"--train.steps={total}",)),
         Arm("no_router3", "tiny_lion_3", "stage2", (NO_ROUTER.format(""),), scored=False),
@@ -121,10 +121,11 @@ def _metric(folder: Path, task: str) -> dict[str, Any]:
 
 def summarise(out: Path, seconds: dict[str, float], steps: int) -> dict[str, Any]:
     """The summary from the files of the evaluations. floor: the best constant box of the same rows; always the most
-    frequent training caption. steps: of the four stages together, and of the single stage."""
+    frequent training caption. start: what every arm begins with. steps: of the four stages together, and of the single stage."""
     last = out / "eval" / "stage4"
     caption, rec = _metric(last, "caption"), _metric(last, "rec")
     return {
+        "start": numbers(out / "eval" / "stage0"),
         "stages": {n: numbers(out / "eval" / f"stage{n}") for n in STAGES},
         "single_stage": numbers(out / "eval" / "single_stage"),
         "no_router": numbers(out / "eval" / "no_router"),
@@ -155,7 +156,7 @@ def unchanged(before: Path, after: Path, mark: str) -> bool:
 
 
 def table(summary: dict[str, Any]) -> list[str]:
-    rows = {f"stage {n}": values for n, values in summary["stages"].items()}
+    rows = {"start": summary["start"]} | {f"stage {n}": values for n, values in summary["stages"].items()}
     rows |= {"single stage, equal steps": summary["single_stage"], "stages 1-4, no router": summary["no_router"]}
     lines = [f"{'embedded world, held out':<28} {'caption CIDEr':>13} {'VQA':>7} {'REC@0.5':>8} {'REG CIDEr':>10}"]
     for name, values in rows.items():

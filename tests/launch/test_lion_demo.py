@@ -56,14 +56,15 @@ def test_the_arms_differ_in_what_they_say_and_in_nothing_else() -> None:
 
 
 def test_the_summary_is_read_from_the_evaluations(tmp_path: Path) -> None:
-    for i, name in enumerate(["stage1", "stage2", "stage3", "stage4", "single_stage", "no_router"]):
-        write_scores(tmp_path / "seed-7" / "eval" / name, 1.0 + i)
+    for i, name in enumerate(["stage0", "stage1", "stage2", "stage3", "stage4", "single_stage", "no_router"]):
+        write_scores(tmp_path / "seed-7" / "eval" / name, float(i))
     summary = lion_demo.summarise(tmp_path / "seed-7", {"a": 1.5, "b": 2.0}, 40)
     wanted = {"caption_cider": 2.0, "vqa_acc": 0.75, "rec_acc50": 0.25, "reg_cider": 0.5}
     assert summary["stages"]["2"] == wanted and list(summary["stages"]) == ["1", "2", "3", "4"]
     assert summary["single_stage"]["caption_cider"] == 5.0 and summary["no_router"]["caption_cider"] == 6.0
     assert summary["floor"] == {"rec_constant_box": 0.08, "caption_most_frequent": 0.05}
     assert summary["seconds"] == 3.5 and summary["steps"] == 40
+    assert summary["start"]["caption_cider"] == 0.0
     assert any("0.080" in line and "0.050" in line for line in lion_demo.table(summary))
 
     (tmp_path / "seed-7" / "summary.json").write_text(json.dumps(summary))
