@@ -140,7 +140,7 @@ def small_run(folder: Path, config: RunConfig | None = None, *, layout: str = ""
     tokenizer = embedded_tokenizer()
     architecture = small_architecture(config, tokenizer)
     tag_tokens = config.data.tag_tokens if config.model.soft_prompt else -1
-    style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens)
+    style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens, config.data.episodes.form)
     spec = encode_spec(architecture, style, config.model.qformer.tokenizer_path)
     made = RunData(
         config.data.train,

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from eventlens_ds.data.episode_text import Mark
 from eventlens_ds.data.prompts import (
     Piece,
     PromptStyle,
@@ -29,7 +30,7 @@ from eventlens_ds.data.prompts import (
     text_of,
 )
 from eventlens_ds.data.question_tokenizer import question_tokenizer
-from eventlens_ds.data.records import CHOICE_TASKS, TASKS, EncodedGroup, Group
+from eventlens_ds.data.records import TASKS, EncodedGroup, Group
 from eventlens_ds.data.tokenizer import PieceTokenizer
 from eventlens_ds.data.transforms import Resized
 from eventlens_ds.errors import DataError
@@ -62,6 +63,8 @@ class EncodeSpec:
     instruction_tokens: int = 0
     question_tokenizer: str = ""
     encoder_decoder: bool = False
+    positions: int = 0
+    """Positions that the language model reads (its RoPE was made for); 0: no limit of that kind."""
 
 
 def pieces_length(pieces: Sequence[Piece], tokenizer: PieceTokenizer, spec: EncodeSpec) -> int:
@@ -70,9 +73,17 @@ def pieces_length(pieces: Sequence[Piece], tokenizer: PieceTokenizer, spec: Enco
     return sum(
         spec.vision.tokens
         if p.image >= 0
-        else len(tokenizer.ids(p.text)) + (inserted if p.region >= 0 else 0) + (1 if p.soft else 0)
+        else len(_marked(p, tokenizer) if p.mark else tokenizer.ids(p.text))
+        + (inserted if p.region >= 0 else 0)
+        + (1 if p.soft else 0)
         for p in pieces
     )
+
+
+def _marked(piece: Piece, tokenizer: PieceTokenizer) -> tuple[int, ...]:
+    """The special token that a piece stands for; empty where the tokenizer does not have it."""
+    token = tokenizer.bos if piece.mark is Mark.BOS else tokenizer.eos
+    return () if token is None else (token,)
 
 
 def rendered_group(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec) -> RenderedGroup:
@@ -156,6 +167,10 @@ class _Segments:
             if piece.soft:
                 self._token(self.tokenizer.pad, soft=True)
                 continue
+            if piece.mark:
+                for token in _marked(piece, self.tokenizer):
+                    self._token(token)
+                continue
             ids = self.tokenizer.ids(piece.text)
             linked = len(ids[-1:] if leaf else ids) if self.spec.linking == "add" else 0
             self.ids += ids
@@ -206,7 +221,7 @@ def encode(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec, load_image
     for s, (sample, text) in enumerate(zip(group.samples, rendered.samples)):
         stem = segments.add(text.stem, root, stem=True)
         first = len(leaf_segment)
-        is_choice = sample.task in CHOICE_TASKS
+        is_choice = bool(sample.candidates)
         for leaf in text.leaves:
             leaf_segment.append(segments.add(leaf, stem, leaf=True))
             leaf_sample.append(s)

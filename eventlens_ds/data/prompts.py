@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from eventlens_ds.data.records import Group, RegionRef, Sample, Tokens
+from eventlens_ds.data import episode_text
+from eventlens_ds.data.episode_text import EpisodeForm, Mark, Part
+from eventlens_ds.data.records import Group, ImageRef, RegionRef, Sample, Tokens
 
 PROMPT_VERSION = 3
 """Raise it with any change of wording: lengths and plans are keyed by it."""
@@ -32,23 +34,27 @@ RELATION_QUESTIONS: dict[str, tuple[str, str]] = {
 class PromptStyle(NamedTuple):
     """Choices of wording that a run makes (DataConfig explains them); part of every length and plan.
 
-    tag_tokens: tokens that the tags of an image may take behind the soft prompt; -1: tags are not listed."""
+    tag_tokens: tokens that the tags of an image may take behind the soft prompt; -1: tags are not listed.
+    episode: the words of an episode (data/episode_text.py)."""
 
     list_objects: bool = True
     event_context: Literal["event", "subject"] = "event"
     tag_tokens: int = -1
+    episode: EpisodeForm = "released"
 
 
 class Piece(NamedTuple):
     """Text that is tokenised on its own. `region` is the region it mentions, counted over the images of the
     group, or -1; `image` is the image whose visual tokens stand here, or -1 (then `text` is empty). `soft`: one
-    token, the soft prompt (`text` is empty). `tag`: a tag of image `tag`, which may be left out, or -1."""
+    token, the soft prompt (`text` is empty). `tag`: a tag of image `tag`, which may be left out, or -1.
+    `mark`: a special token (`text` is empty), no token where the tokenizer has none."""
 
     text: str
     region: int = -1
     image: int = -1
     soft: bool = False
     tag: int = -1
+    mark: Mark | None = None
 
 
 class RenderedSample(NamedTuple):
@@ -69,8 +75,9 @@ def region_name(name: str, box: int) -> str:
 
 
 def used_regions(group: Group, style: PromptStyle) -> tuple[tuple[int, ...], ...]:
-    """Regions of each image that reach the model: every one mentioned, and those that the prefix lists."""
-    listed = MAX_LISTED_REGIONS if style.list_objects else 0
+    """Regions of each image that reach the model: every one mentioned, and those that the prefix lists. An episode
+    lists none."""
+    listed = MAX_LISTED_REGIONS if style.list_objects and group.task != "lcl" else 0
     mentioned: list[set[int]] = [set() for _ in group.images]
     for sample in group.samples:
         for ref in mentions(sample):
@@ -88,8 +95,11 @@ def mentions(sample: Sample) -> Iterable[RegionRef]:
 
 
 def render(group: Group, style: PromptStyle = PromptStyle()) -> RenderedGroup:  # noqa: B008 - immutable
-    """Render a group. All images stand in the prefix, each followed by the names of its regions if they are listed."""
+    """Render a group. All images stand in the prefix, each followed by the names of its regions if they are listed; in
+    an episode they stand where its turns have them."""
     regions = used_regions(group, style)
+    if group.task == "lcl":
+        return _render_episodes(group, style, regions)
     slot = {(m, box): i for i, (m, box) in enumerate((m, b) for m, boxes in enumerate(regions) for b in boxes)}
 
     def pieces(*parts: str | Tokens) -> tuple[Piece, ...]:
@@ -119,6 +129,32 @@ def render(group: Group, style: PromptStyle = PromptStyle()) -> RenderedGroup:  
         for sample in group.samples
     )
     return RenderedGroup(tuple(prefix), rendered, regions)
+
+
+def _render_episodes(group: Group, style: PromptStyle, regions: tuple[tuple[int, ...], ...]) -> RenderedGroup:
+    """The context as prefix, the query turn as stem. Samples share a group when they share the whole context."""
+    contexts = {tuple(episode_text.context(sample, style.episode)) for sample in group.samples}
+    if len(contexts) > 1:
+        raise ValueError(f"group of {group.samples[0].id}: {len(contexts)} contexts for one prefix")
+    samples = tuple(
+        RenderedSample(
+            _episode_pieces(episode_text.question(sample, style.episode)),
+            tuple(_episode_pieces(episode_text.answer(leaf)) for leaf in sample.targets or sample.candidates),
+        )
+        for sample in group.samples
+    )
+    return RenderedGroup(_episode_pieces(contexts.pop()), samples, regions)
+
+
+def _episode_pieces(parts: Iterable[Part]) -> tuple[Piece, ...]:
+    """Texts as they are: no blank moves, because the form is somebody else's, byte for byte."""
+    made = []
+    for part in parts:
+        if isinstance(part, ImageRef):
+            made.append(Piece("", image=part.image))
+        else:
+            made.append(Piece("", mark=part) if isinstance(part, Mark) else Piece(part))
+    return tuple(made)
 
 
 def _tags(m: int, tags: Sequence[str]) -> list[Piece]:
@@ -205,4 +241,10 @@ def _lead_with_space(pieces: Sequence[Piece]) -> list[Piece]:
 
 def text_of(pieces: Iterable[Piece]) -> str:
     """The text of pieces as a reader sees it, e.g. for prediction rows and previews."""
-    return "".join("<image>" if p.image >= 0 else " <hint>" if p.soft else p.text for p in pieces).strip()
+    shown = (
+        "<image>" if p.image >= 0 else " <hint>" if p.soft else _MARKS[p.mark] if p.mark else p.text for p in pieces
+    )
+    return "".join(shown).strip()
+
+
+_MARKS = {Mark.BOS: "<s>", Mark.EOS: "</s>"}

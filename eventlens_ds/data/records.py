@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-TASKS: tuple[str, ...] = ("caption", "event", "vcr_answer", "vcr_rationale", "rec", "reg", "vqa", "vsr", "pope")
+TASKS: tuple[str, ...] = ("caption", "event", "vcr_answer", "vcr_rationale", "rec", "reg", "vqa", "vsr", "pope", "lcl")
 """Names of the tasks in the order of their ids: the task id of a token picks its adapter."""
 
 CHOICE_TASKS = frozenset({"vcr_answer", "vcr_rationale"})
@@ -70,8 +70,15 @@ class RegionRef:
     box: int
 
 
-Tokens = tuple["str | RegionRef", ...]
-"""Text in which mentions of regions stay structured until it is rendered (P2)."""
+@dataclass(frozen=True)
+class ImageRef:
+    """The place of an image in a text of several images; `image` counts those of the sample from 0."""
+
+    image: int
+
+
+Tokens = tuple["str | RegionRef | ImageRef", ...]
+"""Text in which mentions of regions, and images inside it, stay structured until it is rendered (P2)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ class Sample:
       vqa   turn question, target the most frequent answer; fields answers (JSON list of 10 or 1), answer_type
       vsr   turn statement, target yes or no; field label, 1 or 0
       pope  turn question, target yes or no; fields label (yes or no), setting (random, popular, adversarial)
+      lcl   turns example (image, label) ... then query (image, question); target the label, or candidates the labels of
+            both classes; an episode, drawn and not stored (data/episodes.py); fields shots, pair
     """
 
     id: str
@@ -93,7 +102,8 @@ class Sample:
     task: str
     images: tuple[str, ...]
     turns: tuple[tuple[str, Tokens], ...]
-    """(role, text) pairs; roles: question, answer, event, place, relation, expression, box, statement."""
+    """(role, text) pairs; roles: question, answer, event, place, relation, expression, box, statement, and of an
+    episode example, query."""
     targets: tuple[Tokens, ...] = ()
     candidates: tuple[Tokens, ...] = ()
     label: int | None = None

@@ -16,7 +16,7 @@ from typing import Any
 
 from eventlens_ds.errors import DataError
 
-EMBEDDED_VOCABULARY = 768
+EMBEDDED_VOCABULARY = 1024
 """Upper bound on the vocabulary of the embedded tokenizer, 256 bytes and specials included."""
 
 _MEMO_LIMIT = 200_000
@@ -135,13 +135,15 @@ def build_embedded() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    from eventlens_ds.data.episode_text import template_words
     from eventlens_ds.data.prompts import RELATION_QUESTIONS
+    from eventlens_ds.data.sources import world_creature
     from eventlens_ds.data.sources.world_text import corpus
 
     frame = " Answer: Why? Event: Place: Objects: Describe the picture."
     asked = (f" {form.format('')}" for forms in RELATION_QUESTIONS.values() for form in forms)
     # Training on words needs each often enough to be merged whole.
-    text = [*corpus(), *[frame, *asked] * 50]
+    text = [*corpus(), *[frame, *asked, *template_words(), *world_creature.words()] * 50]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -63,7 +63,7 @@ def describe(config: RunConfig, *, dry: bool = False) -> tuple[RegionVLMConfig, 
             "share no group; leave it at 0"
         )
     tag_tokens = config.data.tag_tokens if config.model.soft_prompt else -1
-    style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens)
+    style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens, config.data.episodes.form)
     return architecture, tokenizer, encode_spec(architecture, style, config.model.qformer.tokenizer_path)
 
 
