@@ -29,6 +29,8 @@ def test_train_and_test_classes_are_disjoint_and_pairs_are_near():
     for at, values in enumerate(FEATURES.values()):
         assert {c.features[at] for c in train} == set(values) == {c.features[at] for c in test}
     assert creatures(3, 600, 100) == (train, test) != creatures(4, 600, 100)
+    other, _ = creatures(4, 1000, 2)
+    assert not {c.features for c in other} & {c.features for c in test}, "nor in the world of another seed"
 
 
 def test_names_say_nothing_about_features():

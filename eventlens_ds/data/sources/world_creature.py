@@ -3,13 +3,14 @@
 In: a seed. Out: `Creature`s, each a combination of five features with an invented name; `draw_creature`, a picture of
 one individual. A class is what its features say and nothing else; place, size, tilt, background and shade differ from
 picture to picture.
-Decision: train and test classes are disjoint combinations of the same features, each feature value is in both, and the
-partner of a test class differs from it in one feature. So nothing but a look at the demonstrations can tell which of
-two names a picture has; names are dealt out at random and say nothing about features.
+Decision: train and test classes are disjoint combinations of the same features, whatever the seed, each feature value
+is in both, and the partner of a test class differs from it in one feature. So nothing but a look at the demonstrations
+can tell which of two names a picture has; names are dealt out at random and say nothing about features.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "body": ("round", "square", "triangle", "cross"),
     "head": ("ears", "horns", "crown", "bare"),
     "mark": ("bars", "spot", "ring", "plain"),
-    "feet": ("black", "orange", "cyan", "none"),
+    "feet": ("black", "lime", "cyan", "none"),
 }
 """What a class is made of: 1,536 combinations."""
 
@@ -41,8 +42,9 @@ _BODY: dict[str, Colour] = {
     "purple": (150, 60, 190),
     "white": (245, 245, 245),
 }
-_FEET: dict[str, Colour] = {"black": (20, 20, 20), "orange": (255, 130, 0), "cyan": (0, 190, 200)}
+_FEET: dict[str, Colour] = {"black": (20, 20, 20), "lime": (150, 230, 30), "cyan": (0, 200, 210)}
 _DARK: Colour = (40, 30, 30)
+_PINK, _ORANGE, _WHITE = (255, 120, 180), (255, 140, 20), (250, 250, 250)
 _GROUND: tuple[Colour, ...] = ((200, 190, 170), (170, 190, 200), (190, 200, 170), (205, 180, 200), (150, 150, 150))
 
 
@@ -72,28 +74,41 @@ def creatures(seed: int, train: int, test: int) -> tuple[list[Creature], list[Cr
     """
     rng = scene_rng(seed, "creatures", 0, "classes")
     every = list(itertools.product(*FEATURES.values()))
-    if test % 2 or train + test > len(every):
-        raise ValueError(f"{train} + {test} classes of {len(every)} combinations; test classes come in pairs")
     order = [every[i] for i in rng.permutation(len(every))]
-    left = dict.fromkeys(order)
-    pairs: list[tuple[str, ...]] = []
-    kinds = list(FEATURES.values())
-    while len(pairs) < test:
-        one = next(iter(left))
-        at = len(pairs) // 2 % len(kinds)
-        others = [(*one[:at], value, *one[at + 1 :]) for value in kinds[at] if value != one[at]]
-        free = [other for other in others if other in left]
-        left.pop(one)
-        if free:
-            other = free[int(rng.integers(len(free)))]
-            left.pop(other)
-            pairs += [one, other]
-    rest = [features for features in order if features in left][:train]
-    if len(rest) < train:
-        raise ValueError(f"{train} + {test} classes of {len(every)} combinations leave {len(rest)} for training")
+    learned = [features for features in order if not held_out(features)][:train]
+    pairs = _pairs([features for features in order if held_out(features)], test, rng)
+    if test % 2 or len(learned) < train or len(pairs) < test:
+        raise ValueError(
+            f"{train} + {test} classes: there are {len(learned)} to train on, {len(pairs)} in pairs to test"
+        )
     names = _names(rng, train + test)
-    made = [Creature(f, n, s) for f, n, s in zip([*rest, *pairs], names, ["train"] * train + ["test"] * test)]
+    made = [Creature(f, n, s) for f, n, s in zip([*learned, *pairs], names, ["train"] * train + ["test"] * test)]
     return made[:train], made[train:]
+
+
+def held_out(features: Sequence[str]) -> bool:
+    """Whether a combination is for testing alone, about one in four. The same for all seeds, so that a model stays
+    untrained on it when it is scored on the world of another seed."""
+    return hashlib.blake2b("-".join(features).encode(), digest_size=2).digest()[0] % 4 == 0
+
+
+def _pairs(free: list[tuple[str, ...]], count: int, rng: np.random.Generator) -> list[tuple[str, ...]]:
+    """`count` combinations, each followed by one that differs from it in one feature; features take turns."""
+    left = dict.fromkeys(free)
+    kinds = list(FEATURES.values())
+    made: list[tuple[str, ...]] = []
+    while len(made) < count:
+        at = len(made) // 2 % len(kinds)
+        for one in left:
+            near = [(*one[:at], value, *one[at + 1 :]) for value in kinds[at] if value != one[at]]
+            if near := [other for other in near if other in left]:
+                break
+        else:
+            return made
+        other = near[int(rng.integers(len(near)))]
+        made += [one, other]
+        left.pop(one), left.pop(other)
+    return made
 
 
 def _names(rng: np.random.Generator, count: int) -> list[str]:
@@ -116,8 +131,8 @@ def draw_creature(creature: Creature, seed: int, index: int, size: int) -> Image
     for _ in range(int(rng.integers(0, 4))):
         x, y, r = (float(rng.uniform(a, b)) for a, b in ((0, UNITS), (0, UNITS), (4, 9)))
         parts.append(Part(None, _disc(x, y, r), _shaded(ground, 0.88)))
-    angle, scale = math.radians(float(rng.uniform(-15, 15))), float(rng.uniform(0.85, 1.05))
-    dx, dy = (float(v) for v in rng.uniform(-7, 7, 2))
+    angle, scale = math.radians(float(rng.uniform(-8, 8))), float(rng.uniform(0.9, 1.05))
+    dx, dy = (float(v) for v in rng.uniform(-4, 4, 2))
     turn = (scale * math.cos(angle), scale * math.sin(angle))
     mirror = -1 if rng.integers(2) else 1
     for points, colour in _parts(creature):
@@ -134,27 +149,27 @@ def _parts(creature: Creature) -> list[tuple[Polygon, Colour]]:
     colour, body, head, mark, feet = creature.features
     made: list[tuple[Polygon, Colour]] = []
     if feet != "none":
-        made += [(_rect(x - 5, 18, x + 5, 38), _FEET[feet]) for x in (-13, 13)]
+        made += [(_rect(x - 8, 16, x + 8, 42), _FEET[feet]) for x in (-14, 14)]
     if head == "ears":
-        made += [(_disc(x, -24, 9), _BODY[colour]) for x in (-14, 14)]
+        made += [(_disc(x, -27, 12), _PINK) for x in (-17, 17)]
     elif head == "horns":
-        made += [([(x, -16), (x + s * 10, -16), (x + s * 12, -40)], _DARK) for x, s in ((-8, -1), (8, 1))]
+        made += [([(s * 4, -16), (s * 18, -16), (s * 22, -44)], _DARK) for s in (-1, 1)]
     elif head == "crown":
-        made.append(([(-14, -16), (-14, -38), (-6, -28), (0, -40), (6, -28), (14, -38), (14, -16)], (255, 150, 30)))
+        made.append(([(-18, -14), (-18, -42), (-8, -30), (0, -44), (8, -30), (18, -42), (18, -14)], _ORANGE))
     shapes: dict[str, list[Polygon]] = {
-        "round": [_disc(0, 0, 25)],
-        "square": [_rect(-23, -23, 23, 23)],
-        "triangle": [[(0, -30), (30, 24), (-30, 24)]],
-        "cross": [_rect(-11, -28, 11, 28), _rect(-28, -11, 28, 11)],
+        "round": [_disc(0, 0, 26)],
+        "square": [_rect(-25, -23, 25, 25)],
+        "triangle": [[(0, -32), (34, 25), (-34, 25)]],
+        "cross": [_rect(-13, -28, 13, 28), _rect(-34, -9, 34, 13)],
     }
     made += [(points, _BODY[colour]) for points in shapes[body]]
-    made += [(_disc(x, -7, 3.4), _DARK) for x in (-6, 6)]
+    made += [(_disc(x, -10, 3.4), _DARK) for x in (-6, 6)]
     if mark == "bars":
-        made += [(_rect(-11, y, 11, y + 3.4), _DARK) for y in (1, 8, 15)]
+        made += [(_rect(-12, y, 12, y + 5), _DARK) for y in (-3, 6, 15)]
     elif mark == "spot":
-        made.append((_disc(0, 9, 8), _DARK))
+        made.append((_disc(0, 8, 12), _PINK))
     elif mark == "ring":
-        made += [(_disc(0, 9, 9.5), (250, 250, 250)), (_disc(0, 9, 6), (255, 120, 180))]
+        made += [(_disc(0, 8, 13), _WHITE), (_disc(0, 8, 7), _DARK)]
     return made
 
 
