@@ -29,6 +29,7 @@ BENCHMARKS = {
     "roi_align": "RoI-align on token grids, every backend against the strongest baselines",
     "moa": "the mixture of adapters, every path and backend against the strongest baselines",
     "adapters": "a training step with a mixture, with task adapters and without adapters",
+    "episodes": "packed episodes of many images against one padded episode per forward",
     "score": "candidates scored with a shared prefix against one row per candidate",
     "loader": "our loader against a plain Pillow loop over the same images",
     "train": "our training against Hugging Face Trainer with DeepSpeed, and against itself ablated",

@@ -4,7 +4,7 @@ In: an output folder. Out: OUT/summary.json, a plot and a table. The stages are 
   1. data build   creatures -> shards; train and test classes share no combination of features
   2. train        tiny_lcl_0: captions of features, in place of a published tower and language model
   3. train        tiny_lcl: [mix] of episodes and captions
-  4. train        the same with the released splice (only the last image embedded), unless --no-released
+  4. train        with --released the same with the released splice: only the last image embedded
   5. eval         0, 1, 2, 4, 8 shots on unseen classes: as they are, demonstration images blanked, demonstration labels
                   shuffled, the released splice; the same rows as ISEKAI files
 Decision: nothing is computed here: every number of the summary is read from files that the commands wrote, and a bound
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, default=600, help="training classes; 100 others are held out")
     parser.add_argument("--steps", type=float, default=1.0, help="steps of every recipe times this number")
     parser.add_argument("--test-classes", type=int, default=100)
-    parser.add_argument("--released", action=argparse.BooleanOptionalAction, default=True, help="train stage 4 as well")
+    parser.add_argument("--released", action="store_true", help="stage 4 as well: train with the released splice")
     args = parser.parse_args(argv)
     try:
         return run(**vars(args))
