@@ -89,7 +89,7 @@ def small_architecture(config: RunConfig, tokenizer: Any, attention: str = "sdpa
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
     encoder_decoder = config.model.preset == "tiny-t5"

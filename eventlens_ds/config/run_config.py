@@ -149,8 +149,9 @@ class EpisodeConfig:
     both, names cannot be learned by heart."""
     label_form: Literal["letters", "syllables"] = "letters"
     """A random string: 1 to 10 lowercase letters, or two syllables as embedded creatures are named."""
-    form: Literal["released", "plain"] = "released"
-    """Words of an episode: the released conversation byte for byte, or bare questions and answers."""
+    form: Literal["released", "plain", "chat"] = "released"
+    """Words of an episode: the released conversation byte for byte, bare questions and answers, or turns of the
+    tokenizer's own chat template."""
     queries: str = ""
     """JSON list of questions for the query image (the released ICL.json); empty: the one that evaluation asks."""
     objective: Literal["answer", "choice"] = "answer"

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from eventlens_ds.data.episode_text import Mark
+from eventlens_ds.data.episode_text import BOS, EOS
 from eventlens_ds.data.prompts import (
     Piece,
     PromptStyle,
@@ -82,7 +82,9 @@ def pieces_length(pieces: Sequence[Piece], tokenizer: PieceTokenizer, spec: Enco
 
 def _marked(piece: Piece, tokenizer: PieceTokenizer) -> tuple[int, ...]:
     """The special token that a piece stands for; empty where the tokenizer does not have it."""
-    token = tokenizer.bos if piece.mark is Mark.BOS else tokenizer.eos
+    assert piece.mark is not None
+    own = {BOS: tokenizer.bos, EOS: tokenizer.eos}
+    token = own[piece.mark] if piece.mark in own else tokenizer.special(piece.mark.token)
     return () if token is None else (token,)
 
 

@@ -11,16 +11,18 @@ without <im_start> and <im_end>, which only Shikra's vocabulary has.
 from __future__ import annotations
 
 import json
-from enum import Enum
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from eventlens_ds.data.records import ImageRef, Sample, Tokens
 from eventlens_ds.errors import UserError
 
-EpisodeForm = Literal["released", "plain"]
+EpisodeForm = Literal["released", "plain", "chat"]
 """released: the conversation of the released code. plain: questions and answers alone, for language models that were
-tuned on no conversation and for short contexts [ours]."""
+tuned on no conversation and for short contexts [ours]. chat: turns of the tokenizer's own chat template [ours]."""
 
 IMAGE = "<image>"
 LABEL = "{label}"
@@ -37,56 +39,117 @@ ANSWER = f'there is "{LABEL}" in the image.'
 PLAIN_QUESTION = f"What is in the image {IMAGE}?"
 
 
-class Mark(Enum):
-    """A special token inside a prompt; nothing where the tokenizer has none."""
+@dataclass(frozen=True)
+class Mark:
+    """A special token inside a prompt, by its text. BOS and EOS are the tokenizer's own, whatever their text, and
+    nothing where it has none."""
 
-    BOS = "bos"
-    EOS = "eos"
+    token: str
 
+
+BOS, EOS = Mark("<s>"), Mark("</s>")
 
 Part = str | ImageRef | Mark
 
 
-def context(sample: Sample, form: EpisodeForm) -> list[Part]:
+class ChatWords(NamedTuple):
+    """What a chat template puts around turns: before the first question, between a question and its answer, between an
+    answer and the next question, and between the last question and where the answer begins."""
+
+    first: tuple[Part, ...]
+    said: tuple[Part, ...]
+    asked: tuple[Part, ...]
+    last: tuple[Part, ...]
+
+
+def context(sample: Sample, form: EpisodeForm, chat: ChatWords | None = None) -> list[Part]:
     """Everything before the query turn. The token that begins a row is not part of it."""
     examples = [tokens for role, tokens in sample.turns if role == "example"]
     if form == "plain":
         return [part for shown in examples for part in _turn(shown, PLAIN_QUESTION, ANSWER, " ", " ")]
+    if form == "chat":
+        return _chat_context(examples, chat)
     # Without demonstrations the released code has the final turn alone, and its head stands in for the context.
     made: list[Part] = [TASK if examples else FINAL]
     for i, shown in enumerate(examples):
-        made += [Mark.BOS] if i else []
+        made += [BOS] if i else []
         made += _turn(shown, EXAMPLE_QUESTION, EXAMPLE_ANSWER, " USER: ", " ASSISTANT: ")
-        made += [] if i else [Mark.EOS]
+        made += [] if i else [EOS]
     return made
 
 
-def question(sample: Sample, form: EpisodeForm) -> list[Part]:
+def _chat_context(examples: Sequence[Tokens], chat: ChatWords | None) -> list[Part]:
+    """The task stands in the first question, because not every template has a system turn."""
+    assert chat is not None, "form chat without the words of a template"
+    made: list[Part] = [*chat.first, f"{TASK} "]
+    for shown in examples:
+        asked, said = _split(PLAIN_QUESTION, IMAGE), _split(ANSWER, LABEL)
+        image, label = shown
+        assert isinstance(image, ImageRef) and isinstance(label, str)
+        made += [asked[0], image, asked[1], *chat.said, said[0], label, said[1], *chat.asked]
+    return made
+
+
+def question(sample: Sample, form: EpisodeForm, chat: ChatWords | None = None) -> list[Part]:
     """The query turn up to where the answer begins."""
     ((image, text),) = (tokens for role, tokens in sample.turns if role == "query")
     assert isinstance(image, ImageRef) and isinstance(text, str)
-    head, tail = text.split(IMAGE)
+    head, tail = _split(text, IMAGE)
     if form == "plain":
         return [f" {head}", image, tail]
+    if form == "chat":
+        assert chat is not None
+        return [head, image, tail, *chat.last]
     shown = any(role == "example" for role, _ in sample.turns)
-    start: list[Part] = [Mark.BOS, FINAL] if shown else []
+    start: list[Part] = [BOS, FINAL] if shown else []
     return [*start, f" USER: {head}", image, f"{tail} ASSISTANT:"]
 
 
-def answer(label: Tokens) -> list[Part]:
-    """` there is "label" in the image.`"""
+def answer(label: Tokens, form: EpisodeForm = "released") -> list[Part]:
+    """` there is "label" in the image.`, without the blank where a chat template has its own."""
     (name,) = label
     assert isinstance(name, str)
-    head, tail = ANSWER.split(LABEL)
-    return [f" {head}", name, tail]
+    head, tail = _split(ANSWER, LABEL)
+    return [head if form == "chat" else f" {head}", name, tail]
+
+
+def _split(text: str, at: str) -> tuple[str, str]:
+    head, tail = text.split(at)
+    return head, tail
 
 
 def _turn(shown: Tokens, asked: str, said: str, user: str, assistant: str) -> list[Part]:
     image, label = shown
     assert isinstance(image, ImageRef) and isinstance(label, str)
-    before, after = asked.split(IMAGE)
-    head, tail = said.split(LABEL)
+    before, after = _split(asked, IMAGE)
+    head, tail = _split(said, LABEL)
     return [f"{user}{before}", image, f"{after}{assistant}{head}", label, tail]
+
+
+def chat_words(tokenizer: Any, where: str) -> ChatWords:
+    """What the chat template of a Hugging Face tokenizer puts around turns. Raises UserError when it has none, or one
+    that changes what is said."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"data.episodes.form chat: {where} has no chat template; use released or plain")
+    said = ("QUESTIONONE", "ANSWERONE", "QUESTIONTWO")
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, said)]
+    made = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    pieces = re.split("|".join(said), made)
+    if len(pieces) != 4:
+        raise UserError(f"data.episodes.form chat: the chat template of {where} does not keep three turns as they are")
+    words = [_marked(piece, tokenizer.all_special_tokens) for piece in pieces]
+    if words[0] and words[0][0] == Mark(str(tokenizer.bos_token)):
+        # Every row begins with it anyhow.
+        words[0] = words[0][1:]
+    return ChatWords(*words)
+
+
+def _marked(text: str, special: Sequence[str]) -> tuple[Part, ...]:
+    """Text as plain runs and special tokens."""
+    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
+    found = re.split(f"({pattern})", text)
+    return tuple(Mark(part) if i % 2 else part for i, part in enumerate(found) if part)
 
 
 def queries(path: str) -> tuple[str, ...]:

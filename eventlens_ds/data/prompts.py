@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from eventlens_ds.data import episode_text
-from eventlens_ds.data.episode_text import EpisodeForm, Mark, Part
+from eventlens_ds.data.episode_text import ChatWords, EpisodeForm, Mark, Part
 from eventlens_ds.data.records import Group, ImageRef, RegionRef, Sample, Tokens
 
 PROMPT_VERSION = 3
@@ -35,12 +35,13 @@ class PromptStyle(NamedTuple):
     """Choices of wording that a run makes (DataConfig explains them); part of every length and plan.
 
     tag_tokens: tokens that the tags of an image may take behind the soft prompt; -1: tags are not listed.
-    episode: the words of an episode (data/episode_text.py)."""
+    episode, chat: the words of an episode, and of the chat template in form chat (data/episode_text.py)."""
 
     list_objects: bool = True
     event_context: Literal["event", "subject"] = "event"
     tag_tokens: int = -1
     episode: EpisodeForm = "released"
+    chat: ChatWords | None = None
 
 
 class Piece(NamedTuple):
@@ -133,13 +134,14 @@ def render(group: Group, style: PromptStyle = PromptStyle()) -> RenderedGroup:  
 
 def _render_episodes(group: Group, style: PromptStyle, regions: tuple[tuple[int, ...], ...]) -> RenderedGroup:
     """The context as prefix, the query turn as stem. Samples share a group when they share the whole context."""
-    contexts = {tuple(episode_text.context(sample, style.episode)) for sample in group.samples}
+    contexts = {tuple(episode_text.context(sample, style.episode, style.chat)) for sample in group.samples}
     if len(contexts) > 1:
         raise ValueError(f"group of {group.samples[0].id}: {len(contexts)} contexts for one prefix")
+    form, chat = style.episode, style.chat
     samples = tuple(
         RenderedSample(
-            _episode_pieces(episode_text.question(sample, style.episode)),
-            tuple(_episode_pieces(episode_text.answer(leaf)) for leaf in sample.targets or sample.candidates),
+            _episode_pieces(episode_text.question(sample, form, chat)),
+            tuple(_episode_pieces(episode_text.answer(leaf, form)) for leaf in sample.targets or sample.candidates),
         )
         for sample in group.samples
     )
@@ -241,10 +243,5 @@ def _lead_with_space(pieces: Sequence[Piece]) -> list[Piece]:
 
 def text_of(pieces: Iterable[Piece]) -> str:
     """The text of pieces as a reader sees it, e.g. for prediction rows and previews."""
-    shown = (
-        "<image>" if p.image >= 0 else " <hint>" if p.soft else _MARKS[p.mark] if p.mark else p.text for p in pieces
-    )
+    shown = ("<image>" if p.image >= 0 else " <hint>" if p.soft else p.mark.token if p.mark else p.text for p in pieces)
     return "".join(shown).strip()
-
-
-_MARKS = {Mark.BOS: "<s>", Mark.EOS: "</s>"}

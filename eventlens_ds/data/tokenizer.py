@@ -42,6 +42,7 @@ class PieceTokenizer:
         named = dict(zip(hf_tokenizer.all_special_ids, hf_tokenizer.all_special_tokens))
         special = {i: text for i, text in {**added, **named}.items() if i != unknown}
         self._special = frozenset(special)
+        self._named = {text: i for i, text in special.items()}
         self._spelled = re.compile("(" + "|".join(re.escape(t) for t in special.values()) + ")")
         self._memo: dict[str, tuple[int, ...]] = {}
         _without_leading_space(hf_tokenizer)
@@ -64,6 +65,10 @@ class PieceTokenizer:
             if len(self._memo) < _MEMO_LIMIT:
                 self._memo[text] = known
         return known
+
+    def special(self, text: str) -> int:
+        """The id of a special token. Raises KeyError for any other text."""
+        return self._named[text]
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.hf(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])

@@ -11,6 +11,7 @@ import json
 import pytest
 
 from eventlens_ds.data import episode_text
+from eventlens_ds.data.episode_text import ChatWords
 from eventlens_ds.data.episodes import Episode, sample_of
 from eventlens_ds.data.prompts import PromptStyle, render, text_of
 from eventlens_ds.data.records import Group, ImageRecord
@@ -30,12 +31,11 @@ def group(labels: tuple[str, ...], names: tuple[str, str] = ("ice cream", "wug")
     return Group("lcl", (ImageRecord("k", "k", 4, 4, ()),) * len(images), (sample_of(episode, candidates),))
 
 
-def whole(made: Group, form: str = "released") -> str:
-    rendered = render(made, PromptStyle(episode=form))  # type: ignore[arg-type]
+def whole(made: Group, form: str = "released", chat: ChatWords | None = None) -> str:
+    rendered = render(made, PromptStyle(episode=form, chat=chat))  # type: ignore[arg-type]
     (sample,) = rendered.samples
     parts = [*rendered.prefix, *sample.stem, *sample.leaves[0]]
-    marks = {"bos": "<s>", "eos": "</s>"}
-    return "".join("<image>" if p.image >= 0 else marks[p.mark.value] if p.mark else p.text for p in parts)
+    return "".join("<image>" if p.image >= 0 else p.mark.token if p.mark else p.text for p in parts)
 
 
 def test_the_released_form_byte_for_byte():
@@ -88,3 +88,60 @@ def test_questions_from_a_file(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=problem):
             episode_text.queries(str(path))
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer():
+    """The embedded tokenizer with a chat template whose marks are special tokens."""
+    from eventlens_ds.data.tokenizer import PieceTokenizer, build_embedded
+
+    made = build_embedded()
+    made.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|end|>"]}, replace_extra_special_tokens=False)
+    made.chat_template = TEMPLATE
+    return PieceTokenizer(made)
+
+
+def test_the_chat_form_is_the_template_of_the_tokenizer(chat_tokenizer):
+    words = episode_text.chat_words(chat_tokenizer.hf, "here")
+    turns = [
+        {"role": "user", "content": f"{HEAD} What is in the image <image>?"},
+        {"role": "assistant", "content": 'there is "a" in the image.'},
+        {"role": "user", "content": "What is in the image <image>?"},
+        {"role": "assistant", "content": 'there is "wug" in the image.'},
+        {"role": "user", "content": episode_text.QUERY},
+    ]
+    rendered = chat_tokenizer.hf.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    expected = rendered.removeprefix("<s>") + 'there is "wug" in the image.'
+    assert whole(group(("a", "wug")), "chat", words) == expected
+
+
+def test_marks_of_a_template_are_special_tokens_and_lengths_count_them(chat_tokenizer):
+    import numpy as np
+
+    from eventlens_ds.data.encode import EncodeSpec, VisionSpec, encode, pieces_length
+    from eventlens_ds.data.transforms import Resized
+
+    words = episode_text.chat_words(chat_tokenizer.hf, "here")
+    style = PromptStyle(episode="chat", chat=words)
+    spec = EncodeSpec(VisionSpec(4, 1, (0.0,) * 3, (1.0,) * 3), "none", style)
+    blank = Resized(np.zeros((3, 4, 4), np.float32), np.zeros((0, 4), np.float32), {})
+    made = encode(group(("a", "wug")), chat_tokenizer, spec, lambda _: blank)
+    ids = made.input_ids.tolist()
+    mark = chat_tokenizer.hf.convert_tokens_to_ids("<|turn|>")
+    assert ids[0] == chat_tokenizer.bos and ids.count(chat_tokenizer.bos) == 1 and ids.count(mark) == 6
+    rendered = render(group(("a", "wug")), style)
+    parts = (rendered.prefix, rendered.samples[0].stem, rendered.samples[0].leaves[0])
+    assert sum(pieces_length(part, chat_tokenizer, spec) for part in parts) + 2 == len(ids)
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    from tests.small_world import embedded_tokenizer
+
+    with pytest.raises(UserError, match="form chat: here has no chat template; use released or plain"):
+        episode_text.chat_words(embedded_tokenizer().hf, "here")

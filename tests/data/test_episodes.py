@@ -129,7 +129,7 @@ def test_shots_that_do_not_fit_name_those_that_would(creatures):
     with pytest.raises(UserError, match="the language model reads 400 positions; 2 shots per class would fit"):
         drawn(narrow, shots=16, row_tokens=4096)
     assert drawn(narrow, shots=2, row_tokens=4096).size == TRAIN, "and they do fit"
-    assert run.spec.positions == 1024, "the limit comes from the language model"
+    assert run.spec.positions == 2048, "the limit comes from the language model"
 
 
 def test_fixed_epochs_come_before_the_law(creatures):
