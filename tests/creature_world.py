@@ -40,4 +40,5 @@ def episode_run(
         list_objects=False,
         episodes=episodes,
     )
-    return small_run(folder, replace(config, data=data))
+    model = replace(config.model, adapters=replace(config.model.adapters, tasks=tasks))
+    return small_run(folder, replace(config, data=data, model=model))

@@ -142,6 +142,8 @@ def _episodes(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "data.episodes.fixed_epochs", f"{episodes.fixed_epochs}: strategy 2-way has fixed shots in every epoch"
     if episodes.share == 1:
         yield "data.episodes.share", "1: nothing else would be drawn; name lcl alone in data.tasks instead"
+    if episodes.queries and episodes.form == "short":
+        yield "data.episodes.queries", f"{episodes.queries}: data.episodes.form short has no question"
     if episodes.label_form != usual.label_form and episodes.random_labels == "none":
         yield "data.episodes.label_form", f"{episodes.label_form}: data.episodes.random_labels is none"
 

@@ -149,14 +149,17 @@ class EpisodeConfig:
     both, names cannot be learned by heart."""
     label_form: Literal["letters", "syllables"] = "letters"
     """A random string: 1 to 10 lowercase letters, or two syllables as embedded creatures are named."""
-    form: Literal["released", "plain", "chat"] = "released"
-    """Words of an episode: the released conversation byte for byte, bare questions and answers, or turns of the
-    tokenizer's own chat template."""
+    form: Literal["released", "plain", "short", "chat"] = "released"
+    """Words of an episode: the released conversation byte for byte, bare questions and answers, each image with its
+    name alone, or turns of the tokenizer's own chat template."""
     queries: str = ""
     """JSON list of questions for the query image (the released ICL.json); empty: the one that evaluation asks."""
     objective: Literal["answer", "choice"] = "answer"
     """answer: LM loss on the answer to the query, as in the paper. choice: softmax over the answers with either name
     (objective.choice, objective.choice_lm)."""
+    supervise: Literal["last", "all"] = "last"
+    """last: the answer to the query, as in the paper. all: also the answer of every demonstration but the first of its
+    class, whose name nothing before it says; several times the targets for the same tokens."""
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,7 @@ def group_lengths(
     for sample in rendered.samples:
         leaves = sum(pieces_length(leaf, tokenizer, spec) + 1 for leaf in sample.leaves)
         stem = pieces_length(sample.stem, tokenizer, spec) + (2 if spec.encoder_decoder else 0)
+        stem += sum(pieces_length((*turn.stem, *turn.answer), tokenizer, spec) for turn in sample.shown)
         samples.append(SampleLength(stem, leaves, leaves))
     return prefix, tuple(samples)
 
@@ -221,7 +222,14 @@ def encode(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec, load_image
     leaf_weight: list[float] = []
     choices: list[tuple[np.ndarray, int, int]] = []
     for s, (sample, text) in enumerate(zip(group.samples, rendered.samples)):
-        stem = segments.add(text.stem, root, stem=True)
+        before = root
+        for turn in text.shown:
+            # A chain: each answer is a leaf that the next question hangs on.
+            before = segments.add(turn.answer, segments.add(turn.stem, before))
+            leaf_segment.append(before)
+            leaf_sample.append(s)
+            leaf_weight.append(turn.weight)
+        stem = segments.add(text.stem, before, stem=True)
         first = len(leaf_segment)
         is_choice = bool(sample.candidates)
         for leaf in text.leaves:

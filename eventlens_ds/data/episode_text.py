@@ -1,8 +1,8 @@
 """The words of Link-Context Learning's episodes, as its released code renders them.
 
-In: a Sample of task lcl, whose turns are ("example", (ImageRef, label)) ... ("query", (ImageRef, question)). Out: runs
-of text, `ImageRef`s and `Mark`s for the context, the question and each answer; data/prompts.py makes pieces of them.
-A label is a piece of its own, so lengths are sums of stored pieces whatever the label (P4).
+In: a Sample of task lcl: the labels of its demonstrations, and the query turn. Out: runs of text, `ImageRef`s and
+`Mark`s for the opening, each demonstration, the question and each answer; data/prompts.py makes pieces of them. A label
+is a piece of its own, so lengths are sums of stored pieces whatever the label (P4).
 Decision: byte for byte the form of the released code [released code, `causal_v1.0`]: every turn starts with <s>, of
 the demonstrations only the first ends with </s>. What differs is named in docs/FIDELITY.md: visual tokens stand alone,
 without <im_start> and <im_end>, which only Shikra's vocabulary has.
@@ -13,16 +13,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from eventlens_ds.data.records import ImageRef, Sample, Tokens
+from eventlens_ds.data.records import Sample, Tokens
 from eventlens_ds.errors import UserError
 
-EpisodeForm = Literal["released", "plain", "chat"]
-"""released: the conversation of the released code. plain: questions and answers alone, for language models that were
-tuned on no conversation and for short contexts [ours]. chat: turns of the tokenizer's own chat template [ours]."""
+EpisodeForm = Literal["released", "plain", "short", "chat"]
+"""released: the conversation of the released code. Ours: plain, questions and answers alone, for language models that
+were tuned on no conversation; short, each image with its name and no question, for the smallest contexts; chat, turns
+of the tokenizer's own chat template."""
 
 IMAGE = "<image>"
 LABEL = "{label}"
@@ -37,10 +37,16 @@ QUERY = f"Based on the previous examples, what is in the image {IMAGE}?"
 """What evaluation asks [released code], and training too unless data.episodes.queries names a file."""
 ANSWER = f'there is "{LABEL}" in the image.'
 PLAIN_QUESTION = f"What is in the image {IMAGE}?"
+SHORT_ANSWER = f'"{LABEL}"'
 
 
-@dataclass(frozen=True)
-class Mark:
+class ImageRef(NamedTuple):
+    """The place of an image of the sample, counted from 0."""
+
+    image: int
+
+
+class Mark(NamedTuple):
     """A special token inside a prompt, by its text. BOS and EOS are the tokenizer's own, whatever their text, and
     nothing where it has none."""
 
@@ -64,44 +70,60 @@ class ChatWords(NamedTuple):
 
 def context(sample: Sample, form: EpisodeForm, chat: ChatWords | None = None) -> list[Part]:
     """Everything before the query turn. The token that begins a row is not part of it."""
-    examples = [tokens for role, tokens in sample.turns if role == "example"]
-    if form == "plain":
-        return [part for shown in examples for part in _turn(shown, PLAIN_QUESTION, ANSWER, " ", " ")]
+    turns = demonstrations(sample, form, chat)
+    return [*opening(sample, form, chat), *(part for turn in turns for side in turn for part in side)]
+
+
+def opening(sample: Sample, form: EpisodeForm, chat: ChatWords | None = None) -> list[Part]:
+    """What comes before the first demonstration."""
     if form == "chat":
-        return _chat_context(examples, chat)
-    # Without demonstrations the released code has the final turn alone, and its head stands in for the context.
-    made: list[Part] = [TASK if examples else FINAL]
-    for i, shown in enumerate(examples):
-        made += [BOS] if i else []
-        made += _turn(shown, EXAMPLE_QUESTION, EXAMPLE_ANSWER, " USER: ", " ASSISTANT: ")
-        made += [] if i else [EOS]
-    return made
+        assert chat is not None, "form chat without the words of a template"
+        # In the first question, because not every template has a system turn.
+        return [*chat.first, f"{TASK} "]
+    if form == "released":
+        # Without demonstrations the released code has the final turn alone, and its head stands in for the context.
+        return [TASK if sample.examples else FINAL]
+    return []
 
 
-def _chat_context(examples: Sequence[Tokens], chat: ChatWords | None) -> list[Part]:
-    """The task stands in the first question, because not every template has a system turn."""
-    assert chat is not None, "form chat without the words of a template"
-    made: list[Part] = [*chat.first, f"{TASK} "]
-    for shown in examples:
-        asked, said = _split(PLAIN_QUESTION, IMAGE), _split(ANSWER, LABEL)
-        image, label = shown
-        assert isinstance(image, ImageRef) and isinstance(label, str)
-        made += [asked[0], image, asked[1], *chat.said, said[0], label, said[1], *chat.asked]
+def demonstrations(
+    sample: Sample, form: EpisodeForm, chat: ChatWords | None = None
+) -> list[tuple[list[Part], list[Part]]]:
+    """(question, answer) of every demonstration; an answer ends with what stands before the next question."""
+    made: list[tuple[list[Part], list[Part]]] = []
+    for i, label in enumerate(sample.examples):
+        image = ImageRef(i)
+        if form == "released":
+            head, tail = _split(EXAMPLE_QUESTION, IMAGE)
+            asked: list[Part] = [*([BOS] if i else []), f" USER: {head}", image, f"{tail} ASSISTANT:"]
+            said = [*_answer(label, f" {EXAMPLE_ANSWER}"), *([] if i else [EOS])]
+        elif form == "short":
+            asked, said = [image], _answer(label, f" {SHORT_ANSWER}")
+        elif form == "plain":
+            head, tail = _split(PLAIN_QUESTION, IMAGE)
+            asked, said = [f" {head}", image, tail], _answer(label, f" {ANSWER}")
+        else:
+            assert chat is not None, "form chat without the words of a template"
+            head, tail = _split(PLAIN_QUESTION, IMAGE)
+            asked, said = [head, image, tail, *chat.said], [*_answer(label, ANSWER), *chat.asked]
+        made.append((asked, said))
     return made
 
 
 def question(sample: Sample, form: EpisodeForm, chat: ChatWords | None = None) -> list[Part]:
     """The query turn up to where the answer begins."""
-    ((image, text),) = (tokens for role, tokens in sample.turns if role == "query")
-    assert isinstance(image, ImageRef) and isinstance(text, str)
+    (text,) = dict(sample.turns)["query"]
+    image = ImageRef(len(sample.examples))
+    assert isinstance(text, str)
     head, tail = _split(text, IMAGE)
+    if form == "short":
+        return [image]
     if form == "plain":
         return [f" {head}", image, tail]
     if form == "chat":
-        assert chat is not None
+        assert chat is not None, "form chat without the words of a template"
         return [head, image, tail, *chat.last]
-    shown = any(role == "example" for role, _ in sample.turns)
-    start: list[Part] = [BOS, FINAL] if shown else []
+    start: list[Part] = [BOS, FINAL] if sample.examples else []
     return [*start, f" USER: {head}", image, f"{tail} ASSISTANT:"]
 
 
@@ -109,21 +131,17 @@ def answer(label: Tokens, form: EpisodeForm = "released") -> list[Part]:
     """` there is "label" in the image.`, without the blank where a chat template has its own."""
     (name,) = label
     assert isinstance(name, str)
-    head, tail = _split(ANSWER, LABEL)
-    return [head if form == "chat" else f" {head}", name, tail]
+    return _answer(name, SHORT_ANSWER if form == "short" else ANSWER, "" if form == "chat" else " ")
+
+
+def _answer(label: str, form: str, blank: str = "") -> list[Part]:
+    head, tail = _split(f"{blank}{form}", LABEL)
+    return [head, label, tail]
 
 
 def _split(text: str, at: str) -> tuple[str, str]:
     head, tail = text.split(at)
     return head, tail
-
-
-def _turn(shown: Tokens, asked: str, said: str, user: str, assistant: str) -> list[Part]:
-    image, label = shown
-    assert isinstance(image, ImageRef) and isinstance(label, str)
-    before, after = _split(asked, IMAGE)
-    head, tail = _split(said, LABEL)
-    return [f"{user}{before}", image, f"{after}{assistant}{head}", label, tail]
 
 
 def chat_words(tokenizer: Any, where: str) -> ChatWords:

@@ -26,7 +26,7 @@ from eventlens_ds.data.encode import EncodeSpec, group_lengths
 from eventlens_ds.data.packing import GroupTable
 from eventlens_ds.data.plan import draw, generator
 from eventlens_ds.data.prompts import PROMPT_VERSION, render
-from eventlens_ds.data.records import Group, ImageRecord, ImageRef, Sample, Tokens
+from eventlens_ds.data.records import Group, ImageRecord, Sample
 from eventlens_ds.data.shards import ShardSet
 from eventlens_ds.data.sources.lcl import in_file_order
 from eventlens_ds.data.sources.world_creature import SYLLABLES
@@ -77,30 +77,32 @@ class Rows:
         """Numbers of those images that were stored."""
         return [self.numbers[name] for name in names if name in self.numbers]
 
-    def group(self, episode: Episode, candidates: bool) -> Group:
+    def group(self, episode: Episode, candidates: bool, supervise_all: bool = False) -> Group:
         """The episode as a Group; candidates: scored by the answers with either name, else by the right one alone."""
         read: dict[int, ImageRecord] = {i: self.shards.image(i, outlines=False) for i in set(episode.images)}
-        return Group(TASK, tuple(read[i] for i in episode.images), (sample_of(episode, candidates),))
+        return Group(TASK, tuple(read[i] for i in episode.images), (sample_of(episode, candidates, supervise_all),))
 
 
 def holds_episodes(shards: ShardSet) -> bool:
     return any(kind in KINDS for kind in shards.kinds)
 
 
-def sample_of(episode: Episode, candidates: bool) -> Sample:
-    """Turns, answer and fields of an episode; `images` are the keys a caller fills in with the records."""
-    last = len(episode.shown)
-    turns: list[tuple[str, Tokens]] = [("example", (ImageRef(i), name)) for i, name in enumerate(episode.labels)]
-    turns.append(("query", (ImageRef(last), episode.query)))
+def sample_of(episode: Episode, candidates: bool, supervise_all: bool = False) -> Sample:
+    """Demonstrations, query, answer and fields of an episode; `images` are numbers of the split."""
     answer: dict[str, Any] = {"targets": ((episode.names[episode.side],),)}
     if candidates:
         answer = {"candidates": tuple((name,) for name in episode.names), "label": episode.side}
+    weights: tuple[float, ...] = ()
+    if supervise_all:
+        weights = tuple(float(label in episode.labels[:i]) for i, label in enumerate(episode.labels))
     return Sample(
         id=episode.id,
         source="lcl",
         task=TASK,
         images=tuple(map(str, episode.images)),
-        turns=tuple(turns),
+        turns=(("query", (episode.query,)),),
+        examples=episode.labels,
+        example_weights=weights,
         fields=episode.fields,
         **answer,
     )
@@ -153,6 +155,10 @@ class Drawn:
     def __init__(
         self, rows: Rows, config: EpisodeConfig, tokenizer: PieceTokenizer, spec: EncodeSpec, seed: int, row_tokens: int
     ) -> None:
+        if config.supervise == "all" and spec.encoder_decoder:
+            raise UserError(
+                "data.episodes.supervise all: an encoder-decoder answers one question of a prompt; use last"
+            )
         self.rows, self.config, self.seed = rows, config, seed
         self.lengths = Lengths(tokenizer, spec)
         self.queries = episode_text.queries(config.queries)
@@ -260,7 +266,7 @@ class Drawn:
         )
 
     def group(self, number: int) -> Group:
-        return self.rows.group(self.draw(number), self.config.objective == "choice")
+        return self.rows.group(self.draw(number), self.config.objective == "choice", self.config.supervise == "all")
 
     def length(self, number: int) -> int:
         return self.tokens(self.draw(number))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from eventlens_ds.data import episode_text
-from eventlens_ds.data.episode_text import ChatWords, EpisodeForm, Mark, Part
-from eventlens_ds.data.records import Group, ImageRef, RegionRef, Sample, Tokens
+from eventlens_ds.data.episode_text import ChatWords, EpisodeForm, ImageRef, Mark, Part
+from eventlens_ds.data.records import Group, RegionRef, Sample, Tokens
 
 PROMPT_VERSION = 3
 """Raise it with any change of wording: lengths and plans are keyed by it."""
@@ -58,9 +58,19 @@ class Piece(NamedTuple):
     mark: Mark | None = None
 
 
+class ShownTurn(NamedTuple):
+    """A question and its answer before the stem; the answer carries a loss of this weight."""
+
+    stem: tuple[Piece, ...]
+    answer: tuple[Piece, ...]
+    weight: float
+
+
 class RenderedSample(NamedTuple):
     stem: tuple[Piece, ...]
     leaves: tuple[tuple[Piece, ...], ...]
+    shown: tuple[ShownTurn, ...] = ()
+    """Turns between prefix and stem whose answers are learned too (episodes); empty: they are part of the prefix."""
 
 
 class RenderedGroup(NamedTuple):
@@ -133,19 +143,24 @@ def render(group: Group, style: PromptStyle = PromptStyle()) -> RenderedGroup:  
 
 
 def _render_episodes(group: Group, style: PromptStyle, regions: tuple[tuple[int, ...], ...]) -> RenderedGroup:
-    """The context as prefix, the query turn as stem. Samples share a group when they share the whole context."""
-    contexts = {tuple(episode_text.context(sample, style.episode, style.chat)) for sample in group.samples}
-    if len(contexts) > 1:
-        raise ValueError(f"group of {group.samples[0].id}: {len(contexts)} contexts for one prefix")
+    """The context as prefix, the query turn as stem. Samples share a group when they share the whole context; where
+    answers of the context are learned, its turns stand between prefix and stem."""
     form, chat = style.episode, style.chat
-    samples = tuple(
-        RenderedSample(
-            _episode_pieces(episode_text.question(sample, form, chat)),
-            tuple(_episode_pieces(episode_text.answer(leaf, form)) for leaf in sample.targets or sample.candidates),
-        )
-        for sample in group.samples
-    )
-    return RenderedGroup(_episode_pieces(contexts.pop()), samples, regions)
+    prefixes = set()
+    samples = []
+    for sample in group.samples:
+        shown: tuple[ShownTurn, ...] = ()
+        if sample.example_weights:
+            turns = zip(episode_text.demonstrations(sample, form, chat), sample.example_weights, strict=True)
+            shown = tuple(ShownTurn(_episode_pieces(q), _episode_pieces(a), weight) for (q, a), weight in turns)
+        before = episode_text.opening if shown else episode_text.context
+        prefixes.add(_episode_pieces(before(sample, form, chat)))
+        stem = _episode_pieces(episode_text.question(sample, form, chat))
+        leaves = tuple(_episode_pieces(episode_text.answer(x, form)) for x in sample.targets or sample.candidates)
+        samples.append(RenderedSample(stem, leaves, shown))
+    if len(prefixes) > 1:
+        raise ValueError(f"group of {group.samples[0].id}: {len(prefixes)} contexts for one prefix")
+    return RenderedGroup(prefixes.pop(), tuple(samples), regions)
 
 
 def _episode_pieces(parts: Iterable[Part]) -> tuple[Piece, ...]:

@@ -70,15 +70,8 @@ class RegionRef:
     box: int
 
 
-@dataclass(frozen=True)
-class ImageRef:
-    """The place of an image in a text of several images; `image` counts those of the sample from 0."""
-
-    image: int
-
-
-Tokens = tuple["str | RegionRef | ImageRef", ...]
-"""Text in which mentions of regions, and images inside it, stay structured until it is rendered (P2)."""
+Tokens = tuple["str | RegionRef", ...]
+"""Text in which mentions of regions stay structured until it is rendered (P2)."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +86,8 @@ class Sample:
       vqa   turn question, target the most frequent answer; fields answers (JSON list of 10 or 1), answer_type
       vsr   turn statement, target yes or no; field label, 1 or 0
       pope  turn question, target yes or no; fields label (yes or no), setting (random, popular, adversarial)
-      lcl   turns example (image, label) ... then query (image, question); target the label, or candidates the labels of
-            both classes; an episode, drawn and not stored (data/episodes.py); fields shots, pair
+      lcl   examples, turn query about the image after theirs; target the label, or candidates those of both classes;
+            an episode, drawn and not stored (data/episodes.py); fields shots, pair
     """
 
     id: str
@@ -102,12 +95,15 @@ class Sample:
     task: str
     images: tuple[str, ...]
     turns: tuple[tuple[str, Tokens], ...]
-    """(role, text) pairs; roles: question, answer, event, place, relation, expression, box, statement, and of an
-    episode example, query."""
+    """(role, text) pairs; roles: question, answer, event, place, relation, expression, box, statement, query."""
     targets: tuple[Tokens, ...] = ()
     candidates: tuple[Tokens, ...] = ()
     label: int | None = None
     tags: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    """Of an episode: the label of every demonstration; demonstration i shows image i of the sample."""
+    example_weights: tuple[float, ...] = ()
+    """Of an episode: loss weight of the answer of every demonstration; empty: only the last answer is learned."""
     fields: tuple[tuple[str, str], ...] = ()
 
     def field(self, name: str, default: str = "") -> str:

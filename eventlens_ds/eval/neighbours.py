@@ -46,9 +46,14 @@ class ImageClass(NamedTuple):
 class Encoder(Protocol):
     """Features of images and names; `texts` is None where an encoder has no text side."""
 
-    size: int
-    mean: Sequence[float]
-    std: Sequence[float]
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def mean(self) -> Sequence[float]: ...
+
+    @property
+    def std(self) -> Sequence[float]: ...
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         """float32[N, 3, H, W] -> float32[N, D]."""
@@ -214,7 +219,7 @@ def main(
     from eventlens_ds.eval import encoders
 
     train, test = split_classes(read_classes(classes), test_classes, seed)
-    encoder: Encoder = encoders.Clip(clip) if clip else encoders.Tower(run)
+    encoder = encoders.Clip(clip) if clip else encoders.Tower(run)
     skipped: list[tuple[str, str]] = []
     done: dict[str, Any] = {"classes": len(train), "rule": rule, "texts": bool(clip)}
     for name, some in (("train", train), ("test", test)):

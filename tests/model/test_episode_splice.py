@@ -133,3 +133,37 @@ def test_images_are_encoded_once_in_the_agreed_number_of_calls(creatures):
             with torch.no_grad():
                 model(run.batch(row.groups), calls)
             assert len(seen) == calls and sum(seen) == row.images and max(seen) <= chunk
+
+
+@pytest.mark.P4
+@pytest.mark.parametrize("form", ["released", "plain", "short"])
+def test_learning_every_answer_changes_no_probability(creatures, form):
+    """The chain of turns computes what one prefix computes; its extra leaves are the answers inside the context."""
+    last = episode_run(creatures, shots=2, form=form)
+    every = episode_run(creatures, shots=2, form=form, supervise="all")
+    model = last.model()
+    for numbers in ([(0, 0)], [(0, 1), (0, 2)]):
+        one, other = last.batch(numbers), every.batch(numbers)
+        assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.position_ids, other.position_ids)
+        with torch.no_grad():
+            few, many = model(one), model(other)
+        for sample in range(len(numbers)):
+            leaves = (other.leaf_sample == sample).nonzero()[:, 0]
+            assert len(leaves) == 5, "four demonstrations and the query"
+            (own,) = (one.leaf_sample == sample).nonzero()[:, 0]
+            chained, alone = many[other.target_leaf == leaves[-1]], few[one.target_leaf == own]
+            assert torch.allclose(chained, alone, atol=1e-5)
+            labels = every.data.group(*numbers[sample]).samples[0].examples
+            seen = [float(label in labels[:i]) for i, label in enumerate(labels)]
+            assert other.leaf_weight[leaves].tolist() == [*seen, 1.0] and sum(seen) == 2
+
+
+def test_an_answer_inside_the_context_is_predicted_from_its_question(creatures):
+    run = episode_run(creatures, shots=1, form="plain", supervise="all")
+    batch = run.batch([(0, 0)])
+    examples = run.data.group(0, 0).samples[0].examples
+    for leaf, label in enumerate(examples):
+        at = batch.target_leaf == leaf
+        assert run.tokenizer.decode(batch.target_ids[at].tolist()) == f'there is "{label}" in the image.'
+        first = int(batch.target_from[at][0])
+        assert run.tokenizer.decode(batch.input_ids[0, first : first + 1].tolist()) == "?"
