@@ -184,7 +184,7 @@ class Drawn:
 
     def _check_fit(self, row_tokens: int) -> None:
         """The longest episode fits a row and the context of the language model."""
-        names = [*(one.name for one in self.classes), "q" * MAX_LETTERS, "zu-zu"]
+        names = [*(one.name for one in self.classes), "q" * MAX_LETTERS, "zu zu"]
         longest = max(names, key=lambda name: len(self.lengths.tokenizer.ids(name)))
         query = max(self.queries, key=lambda q: self.lengths.tokens((), (longest,), q))
         answers = (longest,) * (2 if self.config.objective == "choice" else 1)
@@ -298,7 +298,7 @@ def random_label(rng: np.random.Generator, form: str) -> str:
     """A random string [released code: 1 to 10 lowercase letters], or two syllables [ours]."""
     if form == "syllables":
         first, second = rng.integers(len(SYLLABLES), size=2).tolist()
-        return f"{SYLLABLES[first]}-{SYLLABLES[second]}"
+        return f"{SYLLABLES[first]} {SYLLABLES[second]}"
     letters = rng.integers(26, size=int(rng.integers(1, MAX_LETTERS + 1)))
     return "".join(chr(ord("a") + letter) for letter in letters.tolist())
 

@@ -60,7 +60,7 @@ def test_names_are_few_tokens_that_training_has_seen():
     tokenizer = load_tokenizer("")
     train, test = creatures(0, 300, 100)
     seen = {token for c in train for token in tokenizer.ids(c.name)}
-    assert all(len(tokenizer.ids(c.name)) == 3 and set(tokenizer.ids(c.name)) <= seen for c in test)
+    assert all(len(tokenizer.ids(c.name)) == 2 and set(tokenizer.ids(c.name)) <= seen for c in test)
 
 
 def test_pictures_of_a_class_differ_and_repeat_for_their_seed():

@@ -120,3 +120,19 @@ def test_refusals(run_folder: Path, creatures: Path) -> None:
         harness.main(run_folder, creatures, tasks=["lcl"], shots=(16,))
     with pytest.raises(DataError, match="holds no pairs and no ISEKAI rows"):
         harness.main(run_folder, creatures, "train", tasks=["lcl"])
+
+
+def test_neighbours_from_the_tower_of_a_run(run_folder: Path, creatures: Path, tmp_path: Path) -> None:
+    """Without a text side the similarity is that of images alone, and a class's own pictures are the most alike."""
+    from eventlens_ds.data.sources import lcl
+    from eventlens_ds.eval import neighbours
+
+    raw = creatures.with_name(creatures.name + "-raw")
+    rows = lcl.read_rows(raw / "lcl" / "train_pairs.jsonl")
+    twin = {**rows[2], "class_id": "twin", "class_name": "another name", "samples": rows[2]["samples"][::2]}
+    lcl.write_rows(tmp_path / "classes.jsonl", [*rows, twin])
+    out = tmp_path / "pairs.jsonl"
+    done = neighbours.main(tmp_path / "classes.jsonl", raw / "images", out, run=str(run_folder), count=1, per_class=9)
+    assert done["texts"] is False
+    found = {row["class_id"]: row["neighbors"][0][0] for row in lcl.read_rows(out)}
+    assert found["twin"] == rows[2]["class_id"]

@@ -112,14 +112,18 @@ def _pairs(free: list[tuple[str, ...]], count: int, rng: np.random.Generator) ->
 
 
 def _names(rng: np.random.Generator, count: int) -> list[str]:
-    """Invented words of two syllables, all different. The hyphen keeps a tokenizer from joining letters across."""
+    """Invented names of two syllables, all different. The blank keeps a tokenizer from joining letters across."""
     size = len(SYLLABLES)
-    return [f"{SYLLABLES[i // size]}-{SYLLABLES[i % size]}" for i in rng.permutation(size * size)[:count].tolist()]
+    return [f"{SYLLABLES[i // size]} {SYLLABLES[i % size]}" for i in rng.permutation(size * size)[:count].tolist()]
 
 
 def words() -> list[str]:
-    """What the embedded tokenizer should know of creatures: each syllable, and each word of a caption."""
-    return [*SYLLABLES, *(f" {value}" for values in FEATURES.values() for value in values)]
+    """What the embedded tokenizer should know of creatures: each syllable at either place, each word of a caption."""
+    return [
+        *SYLLABLES,
+        *(f" {syllable}" for syllable in SYLLABLES),
+        *(f" {value}" for values in FEATURES.values() for value in values),
+    ]
 
 
 def draw_creature(creature: Creature, seed: int, index: int, size: int) -> Image.Image:
