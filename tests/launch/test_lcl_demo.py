@@ -30,6 +30,8 @@ def evaluated(tmp_path: Path) -> Path:
     write(good, "lcl-blank_demos", 0.5, (0.47, 0.53))
     write(good, "lcl-shuffle_labels", 0.54, (0.5, 0.58))
     write(good, "lcl-released_splice", 0.5, (0.5, 0.5))
+    for name in ("correct_0", "place_first", "place_middle", "place_last"):
+        write(tmp_path / "eval" / "ablations", f"lcl-{name}", 0.3, (0.2, 0.4))
     write(tmp_path / "eval" / "isekai", "lcl", 0.7, (0.6, 0.8), answered=40, released=0.5, released_any_case=0.6)
     write(tmp_path / "eval" / "released", "lcl-released_splice", 0.51, (0.49, 0.53))
     return tmp_path
@@ -41,6 +43,7 @@ def test_the_summary_has_the_agreed_keys(evaluated: Path) -> None:
     for key in ("accuracy", "blanked", "shuffled", "released_splice"):
         assert list(summary[key]) == ["0", "1", "2", "4", "8"]
     assert summary["trained_with_released_splice"]["4"] == 0.51
+    assert summary["ablations"]["correct_0"] == 0.3
     assert all(summary["bounds"].values()) and "MISSED" not in "".join(lcl_demo.table(summary))
 
 

@@ -35,6 +35,7 @@ def job(creatures: Path, world: Any, folder: Path) -> dict[str, Any]:
     from eventlens_ds.train.loop import optimizer_step
 
     many: SmallRun = episode_run(creatures, shots=16, row_tokens=2048, form="plain")
+    many = replace(many, config=replace(many.config, train=replace(many.config.train, rows_per_step=2)))
     few: SmallRun = episode_run(creatures, shots=1, form="plain")
     trainable = small_engine(many, world, folder)
     full, short = many.batch([(0, 0)]), few.batch([(0, 0)])
