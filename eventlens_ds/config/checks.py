@@ -140,6 +140,8 @@ def _episodes(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "data.episodes.min_shots", f"{episodes.min_shots} is more than data.episodes.shots = {episodes.shots}"
     if episodes.fixed_epochs and episodes.strategy == "2-way":
         yield "data.episodes.fixed_epochs", f"{episodes.fixed_epochs}: strategy 2-way has fixed shots in every epoch"
+    if episodes.share and episodes.per_epoch:
+        yield "data.episodes.per_epoch", f"{episodes.per_epoch}: data.episodes.share decides how many an epoch has"
     if episodes.share == 1:
         yield "data.episodes.share", "1: nothing else would be drawn; name lcl alone in data.tasks instead"
     if episodes.queries and episodes.form == "short":

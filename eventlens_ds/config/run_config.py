@@ -139,7 +139,8 @@ class EpisodeConfig:
     per_epoch: int = 0
     """Episodes of an epoch, over the classes in turn; 0: one per class."""
     share: float = 0.0
-    """Share of episodes among all groups of the mixture; the rest keeps data.weights. 0: by number."""
+    """Share of episodes among all groups, [mix] is 0.5: an epoch draws as many as that takes, none of them twice; the
+    rest keeps data.weights. 0: by number."""
     neighbours: int = 100
     """Nearest classes that a hard negative is drawn from, p_j = (n + 1 - j) / sum m for rank j of n."""
     hard: float = 1.0

@@ -13,8 +13,10 @@ of their size as floats; they are normalised where they arrive.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,22 +77,22 @@ class RunData:
         self.tables: list[SampleTable] = []
         self.groups: list[GroupIndex] = []
         self.episodes: list[Episodes | None] = []
+        drawn: list[tuple[str, ShardSet]] = []
         budget = config.group_tokens or config.row_tokens
         for folder in folders:
             shards = ShardSet.open(Path(folder), split)
             cache = Path(folder) / split / "lengths"
             table = sample_table(shards, tokenizer_path, spec, cache=cache, workers=workers or _cores())
             groups = group_index(table, tasks=self.tasks, max_tokens=budget, max_image=limit, with_blind=with_blind)
-            drawn = "lcl" in self.tasks and not with_blind and holds_episodes(shards)
-            if not len(groups) and not drawn:
+            if "lcl" in self.tasks and not with_blind and holds_episodes(shards):
+                drawn.append((folder, shards))
+            elif not len(groups):
                 raise DataError(f"{folder}/{split}: holds no sample of the tasks {', '.join(self.tasks)}")
             if len(groups):
                 self._add(folder, shards, table, groups, None)
-            if drawn:
-                if limit:
-                    raise UserError(f"data.limit {limit}: episodes are drawn from all images; data.episodes.per_epoch")
-                made = Drawn(Rows(shards), config.episodes, tokenizer, spec, seed, config.row_tokens)
-                self.add_episodes(folder, shards, made)
+        if drawn and limit:
+            raise UserError(f"data.limit {limit}: episodes are drawn from all images; data.episodes.per_epoch")
+        self._draw_episodes(drawn, seed)
         noisy = config.tag_noise and spec.style.tag_tokens >= 0
         self.tag_noise = TagNoise(config.tag_noise, self.shards, tokenizer) if noisy else None
 
@@ -140,22 +142,45 @@ class RunData:
             for i, (table, groups, episodes) in enumerate(zip(self.tables, self.groups, self.episodes))
         ]
 
-    def weights(self) -> list[float]:
-        """Weight of every table in the mixture, from data.weights and data.episodes.share; [] is by number of groups.
+    def _draw_episodes(self, drawn: Sequence[tuple[str, ShardSet]], seed: int) -> None:
+        """Add the episodes of folders. With data.episodes.share an epoch has as many as make up their share, so that
+        none of them comes twice. Raises UserError when the folders cannot give a share."""
+        config = self.config.episodes
+        made = [Drawn(Rows(x), config, self.tokenizer, self.spec, seed, self.config.row_tokens) for _, x in drawn]
+        if config.share:
+            others, classes = sum(map(len, self.groups)), sum(len(one.anchors) for one in made)
+            if not others or not classes:
+                what = "nothing but episodes" if classes else "no episodes"
+                raise UserError(
+                    f"data.episodes.share {config.share}: the folders of data.train hold {what} of the wanted tasks"
+                )
+            wanted = others * config.share / (1 - config.share)
+            for one in made:
+                one.size = max(1, round(wanted * len(one.anchors) / classes))
+        for (folder, shards), one in zip(drawn, made):
+            self.add_episodes(folder, shards, one)
 
-        Raises UserError when a share is asked for that the folders cannot give."""
-        given, share = dict(zip(self.config.train, self.config.weights)), self.config.episodes.share
+    def weights(self) -> list[float]:
+        """Weight of every table in the mixture; [] is by number of groups, which gives episodes their share. Exact
+        integers beside episodes, so that an epoch takes each of them once.
+
+        Raises UserError when data.weights leaves the weight of episodes open."""
+        if not self.config.weights:
+            return []
+        given = dict(zip(self.config.train, (Fraction(repr(float(w))) for w in self.config.weights)))
         drawn = [made is not None for made in self.episodes]
-        if given and not share and len(self.folders) > len(given):
-            raise UserError("data.weights: a folder holds episodes beside samples; say data.episodes.share as well")
-        own = [given[folder] if given else float(len(groups)) for folder, groups in zip(self.folders, self.groups)]
-        if not share:
-            return own if given else []
-        if all(drawn) or not any(drawn):
-            what = "nothing but episodes" if any(drawn) else "no episodes"
-            raise UserError(f"data.episodes.share {share}: the folders of data.train hold {what} of the wanted tasks")
-        sums = {kind: sum(weight for weight, is_drawn in zip(own, drawn) if is_drawn == kind) for kind in (True, False)}
-        return [w / sums[kind] * (share if kind else 1 - share) for w, kind in zip(own, drawn)]
+        if not any(drawn):
+            return list(self.config.weights)
+        if not self.config.episodes.share:
+            raise UserError("data.weights: episodes are weighted by data.episodes.share, so that none comes twice")
+        plain = [given[folder] for folder, is_drawn in zip(self.folders, drawn) if not is_drawn]
+        number = sum(len(groups) for groups, is_drawn in zip(self.groups, drawn) if not is_drawn)
+        exact = [
+            Fraction(len(groups)) if is_drawn else given[folder] * number / sum(plain)
+            for folder, groups, is_drawn in zip(self.folders, self.groups, drawn)
+        ]
+        scale = math.lcm(*(weight.denominator for weight in exact))
+        return [float(weight * scale) for weight in exact]
 
     def plan(self, *, seed: int, rows_per_step: int, cache_dir: Path | None = None) -> Plan:
         return Plan(

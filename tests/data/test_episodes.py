@@ -166,18 +166,30 @@ def test_classes_that_cannot_be_used_are_counted(creatures):
         Drawn(Changed(shards, lambda r: r | {"samples": []}), EpisodeConfig(shots=2), run.tokenizer, run.spec, 0, 1024)
 
 
-def test_share_of_episodes_in_a_mixture(creatures, world_folder):
-    run = episode_run(creatures, world_folder, tasks=("lcl", "caption"), share=0.5)
-    names = [(folder == str(creatures), made is not None) for folder, made in zip(run.data.folders, run.data.episodes)]
-    assert names == [(True, False), (True, True), (False, False)]
-    weights = run.data.weights()
-    assert weights[1] == 0.5 and sum(weights) == pytest.approx(1)
+@pytest.mark.P3
+@pytest.mark.parametrize("weights", [(), (1.0, 2.5)])
+def test_share_of_episodes_in_a_mixture(creatures, world_folder, weights):
+    run = episode_run(creatures, world_folder, tasks=("lcl", "caption"), share=0.4)
+    run.data.config = replace(run.data.config, weights=weights)
+    tables = [(folder == str(creatures), made is not None) for folder, made in zip(run.data.folders, run.data.episodes)]
+    assert tables == [(True, False), (False, False), (True, True)]
     plan = run.data.plan(seed=0, rows_per_step=2)
-    shares = plan.mixture(range(30))
-    assert abs(shares[1].actual - 0.5) < 0.1
+    first = 0
+    for epoch in range(4):
+        rows = [plan.row(first + i) for i in range(plan.num_rows(epoch))]
+        first += len(rows)
+        numbers = [number for row in rows for table, number in row.groups if table == 2]
+        every = sum(len(row.groups) for row in rows)
+        assert len(set(numbers)) == len(numbers) == run.data.episodes[2].size, "none twice, whatever the weights"
+        assert abs(len(numbers) / every - 0.4) < 0.01
+
+
+def test_shares_that_cannot_be(creatures, world_folder):
     with pytest.raises(UserError, match=r"share 0.5: .* hold nothing but episodes"):
-        episode_run(creatures, share=0.5).data.weights()
-    config = replace(run.config, data=replace(run.config.data, episodes=EpisodeConfig(shots=2), weights=(1.0, 2.0)))
-    run.data.config = config.data
-    with pytest.raises(UserError, match="data.weights: a folder holds episodes beside samples"):
+        episode_run(creatures, share=0.5)
+    with pytest.raises(UserError, match=r"share 0.5: .* hold no episodes"):
+        episode_run(world_folder, tasks=("lcl", "caption"), share=0.5)
+    run = episode_run(creatures, world_folder, tasks=("lcl", "caption"))
+    run.data.config = replace(run.data.config, weights=(1.0, 2.0))
+    with pytest.raises(UserError, match="data.weights: episodes are weighted by data.episodes.share"):
         run.data.weights()
