@@ -59,7 +59,9 @@ def add_data(commands: Any) -> None:
     index = add(verbs, "index", _data_index, "rebuild the index from the shards alone")
     index.add_argument("folder", type=Path, metavar="DIR")
     lint = add(verbs, "lint", _data_lint, "check annotations before anything is built")
-    lint.add_argument("--source", required=True, metavar="A,B", help="as in build, without world and refcoco")
+    lint.add_argument(
+        "--source", required=True, metavar="A,B", help="as in build, without world, creatures, refcoco, lcl"
+    )
     lint.add_argument("--root", required=True, type=Path, metavar="DIR")
     lint.add_argument("--no-images", action="store_true", help="do not decode the pictures")
     lint.add_argument("--json", action="store_true", help="one JSON object per finding")

@@ -15,7 +15,16 @@ from typing import Any
 
 import pytest
 
-from eventlens_ds.config.run_config import DataConfig, EpisodeConfig, IOConfig, ModelConfig, RunConfig, TrainConfig
+from eventlens_ds.config.run_config import (
+    AdapterConfig,
+    DataConfig,
+    EpisodeConfig,
+    IOConfig,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+)
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.eval import episode_conditions, harness, report
 
@@ -29,7 +38,8 @@ def run_folder(creatures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     folder = tmp_path_factory.mktemp("runs") / "episodes"
     config = RunConfig(
-        model=ModelConfig(image_size=48, visual_pool=4, linking="none"),
+        model=ModelConfig(image_size=48, visual_pool=4, linking="none", adapters=AdapterConfig(bottleneck=0)),
+        stage=StageConfig(train=("vision", "projector", "language")),
         data=DataConfig(
             train=(str(creatures),), row_tokens=512, workers=0, tasks=("lcl",), list_objects=False,
             episodes=EpisodeConfig(shots=2, form="plain", random_labels="both", label_form="syllables"),
