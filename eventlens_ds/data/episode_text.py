@@ -37,7 +37,8 @@ QUERY = f"Based on the previous examples, what is in the image {IMAGE}?"
 """What evaluation asks [released code], and training too unless data.episodes.queries names a file."""
 ANSWER = f'there is "{LABEL}" in the image.'
 PLAIN_QUESTION = f"What is in the image {IMAGE}?"
-SHORT_ANSWER = f'"{LABEL}"'
+SHORT_ANSWER = f"{LABEL}."
+"""Nothing stands between an image and its name, so that what follows an image is what followed one like it."""
 
 
 class ImageRef(NamedTuple):
@@ -98,7 +99,7 @@ def demonstrations(
             asked: list[Part] = [*([BOS] if i else []), f" USER: {head}", image, f"{tail} ASSISTANT:"]
             said = [*_answer(label, f" {EXAMPLE_ANSWER}"), *([] if i else [EOS])]
         elif form == "short":
-            asked, said = [image], _answer(label, f" {SHORT_ANSWER}")
+            asked, said = [image], _answer(label, SHORT_ANSWER)
         elif form == "plain":
             head, tail = _split(PLAIN_QUESTION, IMAGE)
             asked, said = [f" {head}", image, tail], _answer(label, f" {ANSWER}")
@@ -131,12 +132,14 @@ def answer(label: Tokens, form: EpisodeForm = "released") -> list[Part]:
     """` there is "label" in the image.`, without the blank where a chat template has its own."""
     (name,) = label
     assert isinstance(name, str)
-    return _answer(name, SHORT_ANSWER if form == "short" else ANSWER, "" if form == "chat" else " ")
+    if form == "short":
+        return _answer(name, SHORT_ANSWER)
+    return _answer(name, ANSWER if form == "chat" else f" {ANSWER}")
 
 
-def _answer(label: str, form: str, blank: str = "") -> list[Part]:
-    head, tail = _split(f"{blank}{form}", LABEL)
-    return [head, label, tail]
+def _answer(label: str, form: str) -> list[Part]:
+    head, tail = _split(form, LABEL)
+    return [part for part in (head, label, tail) if part]
 
 
 def _split(text: str, at: str) -> tuple[str, str]:

@@ -56,6 +56,10 @@ def test_the_plain_form():
     assert whole(group(("a",)), "plain") == expected
 
 
+def test_the_short_form():
+    assert whole(group(("a", "b")), "short") == "<image>a.<image>b.<image>wug."
+
+
 def test_candidates_are_the_answers_with_either_name():
     rendered = render(group(("a",), candidates=True))
     leaves = [text_of(leaf) for leaf in rendered.samples[0].leaves]
