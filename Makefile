@@ -30,7 +30,7 @@ BENCH_GPU := --device cuda --compiled headline --case-seconds 1
 RESULTS := eventlens_ds/bench/results
 PYTEST := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: install csrc demo world-small ablation lion-demo lion-ablation test test-slow check gate gpu clean
+.PHONY: install csrc demo world-small ablation lion-demo lion-ablation lcl-demo test test-slow check gate gpu clean
 
 install: $(STAMP)
 
@@ -75,6 +75,10 @@ lion-demo: $(STAMP)
 
 lion-ablation: $(STAMP)
 	$(PY) -m eventlens_ds.launch.lion_ablation $(ARGS)
+
+# Link-Context Learning on creatures that training never shows; the same command goes on after an interruption.
+lcl-demo: $(STAMP)
+	$(PY) -m eventlens_ds.launch.lcl_demo $(ARGS)
 
 test: $(STAMP)
 	timeout --kill-after=30 $(TEST_MINUTES)m env $(PYTEST) -m "not slow and not gpu" $(ARGS)

@@ -18,16 +18,18 @@ from typing import Any
 
 from eventlens_ds import __version__
 from eventlens_ds.cli_data import Command, add, add_data, existing, names
+from eventlens_ds.cli_episodes import add_episodes, episode_options
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.train import door
 
-PLANNED = ("plan", "preflight", "prove", "compare", "neighbours")
+PLANNED = ("plan", "preflight", "prove", "compare")
 """Named in the design, not written yet: asking for one says so."""
 
 BENCHMARKS = {
     "roi_align": "RoI-align on token grids, every backend against the strongest baselines",
     "moa": "the mixture of adapters, every path and backend against the strongest baselines",
     "adapters": "a training step with a mixture, with task adapters and without adapters",
+    "episodes": "packed episodes of many images against one padded episode per forward",
     "score": "candidates scored with a shared prefix against one row per candidate",
     "loader": "our loader against a plain Pillow loop over the same images",
     "train": "our training against Hugging Face Trainer with DeepSpeed, and against itself ablated",
@@ -94,11 +96,12 @@ def _add_use(commands: Any) -> None:
     evaluate.add_argument("--limit", type=int, default=0, metavar="N", help="images (default all)")
     evaluate.add_argument("--controls", metavar="A,B", help="none, blank, permute_regions (default none); or empty")
     evaluate.add_argument("--events", type=int, default=0, metavar="N", help="events to complete (default 0)")
-    tasks = "caption, rec, reg, vqa, vsr, pope: answered in words; without --controls no VCR"
+    tasks = "caption, rec, reg, vqa, vsr, pope: answered in words; lcl: episodes; without --controls no VCR"
     evaluate.add_argument("--tasks", default="", metavar="A,B", help=tasks)
     evaluate.add_argument("--beams", type=int, default=1, metavar="N", help="for --tasks (default 1: greedy)")
     evaluate.add_argument("--max-new-tokens", type=int, default=0, metavar="N", help="for --tasks (default: per task)")
     evaluate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="for --beams (default 1)")
+    add_episodes(evaluate)
     evaluate.add_argument("--checkpoint", default="latest", metavar="X", help="latest, best or a path")
     evaluate.add_argument("--leaderboard", type=Path, metavar="FILE", help="VCR leaderboard csv of a blind split")
     evaluate.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
@@ -162,6 +165,7 @@ def _eval(args: argparse.Namespace, _rest: list[str]) -> int:
         "checkpoint": args.checkpoint,
         "zero3": args.zero3,
         "leaderboard": args.leaderboard,
+        **episode_options(args),
     }
     run, data = existing(args.run), existing(args.data)
     if args.ranks > 1:

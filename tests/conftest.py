@@ -25,6 +25,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 from eventlens_ds.runtime.failures import leave  # noqa: E402
+from tests.creature_world import build_creatures  # noqa: E402
 from tests.small_world import SmallRun, build_world, small_run  # noqa: E402
 
 STATUS = pytest.StashKey[int]()
@@ -43,6 +44,12 @@ def shared() -> Path:
 def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An embedded world of 40 training and 8 validation images, built into shards."""
     return build_world(tmp_path_factory.mktemp("world") / "built", images=40, val_images=8)
+
+
+@pytest.fixture(scope="session")
+def creatures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Creatures of 12 training and 4 test classes, built into shards."""
+    return build_creatures(tmp_path_factory.mktemp("creatures") / "built")
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ def small_architecture(config: RunConfig, tokenizer: Any, attention: str = "sdpa
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
     encoder_decoder = config.model.preset == "tiny-t5"
@@ -140,7 +140,7 @@ def small_run(folder: Path, config: RunConfig | None = None, *, layout: str = ""
     tokenizer = embedded_tokenizer()
     architecture = small_architecture(config, tokenizer)
     tag_tokens = config.data.tag_tokens if config.model.soft_prompt else -1
-    style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens)
+    style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens, config.data.episodes.form)
     spec = encode_spec(architecture, style, config.model.qformer.tokenizer_path)
     made = RunData(
         config.data.train,

@@ -70,7 +70,7 @@ def test_version() -> None:
     [
         ("trian", ["no such command", "nearest: train"]),
         ("plan", ["planned, not written yet"]),
-        ("data neighbours", ["planned, not written yet"]),
+        ("data neighbours classes.jsonl", ["--images"]),
         ("data biuld", ["nearest: build"]),
         ("data build", ["--source"]),
         ("data build --source world --out x --limmit 3", ["unknown option --limmit", "nearest: --limit"]),

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eventlens_ds.config.run_config import AdapterConfig, DataConfig, ObjectiveConfig, RunConfig
+from eventlens_ds.config.run_config import AdapterConfig, DataConfig, EpisodeConfig, ObjectiveConfig, RunConfig
 from eventlens_ds.errors import UserError
 
-TASKS = ("caption", "event", "vcr_answer", "vcr_rationale", "rec", "reg", "vqa", "vsr", "pope")
+TASKS = ("caption", "event", "vcr_answer", "vcr_rationale", "rec", "reg", "vqa", "vsr", "pope", "lcl")
 CHOICE_TASKS = ("vcr_answer", "vcr_rationale")
 PARTS = (
     "vision", "projector", "regions", "adapters", "image_adapter", "region_adapter", "router", "language", "lora",
@@ -40,6 +40,11 @@ _AT_LEAST: dict[str, float] = {
     "model.qformer.instruction_tokens": 0,
     "data.tag_tokens": 0,
     "data.limit": 0,
+    "data.episodes.shots": 1,
+    "data.episodes.min_shots": 1,
+    "data.episodes.fixed_epochs": 0,
+    "data.episodes.per_epoch": 0,
+    "data.episodes.neighbours": 1,
     "data.row_tokens": 1,
     "data.group_tokens": 0,
     "data.workers": 0,
@@ -64,7 +69,7 @@ _AT_LEAST: dict[str, float] = {
     "eval.row_tokens": 0,
 }
 _ABOVE_ZERO = ("train.lr", "train.timeout_minutes", "objective.temperature", "model.lora.alpha")
-_SHARES = ("data.error_budget", "train.min_lr", "data.tag_noise")
+_SHARES = ("data.error_budget", "train.min_lr", "data.tag_noise", "data.episodes.share", "data.episodes.hard")
 _DROPOUTS = ("model.dropout", "model.adapters.dropout", "model.lora.dropout")
 
 
@@ -79,6 +84,7 @@ def problems(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _branches(config)
     yield from _question(config)
     yield from _router(config)
+    yield from _episodes(config)
     if not config.io.run:
         yield "io.run", "empty: name a folder"
 
@@ -120,6 +126,28 @@ def _question(config: RunConfig) -> Iterator[tuple[str, str]]:
             key,
             f"{qformer.tokenizer_path}: model.qformer.instruction_tokens is {qformer.instruction_tokens}, below 3",
         )
+
+
+def _episodes(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Settings of episodes that no episode would read."""
+    episodes, usual = config.data.episodes, EpisodeConfig()
+    if config.data.tasks and "lcl" not in config.data.tasks:
+        for name, value in vars(episodes).items():
+            # The words of an episode are those that evaluation shows, too.
+            if name != "form" and value != getattr(usual, name):
+                yield f"data.episodes.{name}", f"{value}: data.tasks does not name lcl, so there are no episodes"
+    if episodes.min_shots > episodes.shots and episodes.strategy != "2-way":
+        yield "data.episodes.min_shots", f"{episodes.min_shots} is more than data.episodes.shots = {episodes.shots}"
+    if episodes.fixed_epochs and episodes.strategy == "2-way":
+        yield "data.episodes.fixed_epochs", f"{episodes.fixed_epochs}: strategy 2-way has fixed shots in every epoch"
+    if episodes.share and episodes.per_epoch:
+        yield "data.episodes.per_epoch", f"{episodes.per_epoch}: data.episodes.share decides how many an epoch has"
+    if episodes.share == 1:
+        yield "data.episodes.share", "1: nothing else would be drawn; name lcl alone in data.tasks instead"
+    if episodes.queries and episodes.form == "short":
+        yield "data.episodes.queries", f"{episodes.queries}: data.episodes.form short has no question"
+    if episodes.label_form != usual.label_form and episodes.random_labels == "none":
+        yield "data.episodes.label_form", f"{episodes.label_form}: data.episodes.random_labels is none"
 
 
 def _router(config: RunConfig) -> Iterator[tuple[str, str]]:

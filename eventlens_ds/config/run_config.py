@@ -123,6 +123,47 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class EpisodeConfig:
+    """Training episodes of Link-Context Learning (task lcl). They are drawn, not stored: nothing here needs a new
+    `data build`."""
+
+    strategy: Literal["2-way", "2-way-random", "2-way-weight"] = "2-way"
+    """Law of the shots: always `shots`, uniform in min_shots .. shots, or p_j = e^j / sum e^m over the same range. The
+    names are the paper's; [mix] is any of them with `share` 0.5."""
+    shots: int = 16
+    """Demonstrations of each of the two classes, so an episode has 2 * shots + 1 images."""
+    min_shots: int = 2
+    """Least shots of 2-way-random and 2-way-weight."""
+    fixed_epochs: int = 0
+    """Epochs with `shots` each before the law of the strategy begins; the paper trains [2-way] before the others."""
+    per_epoch: int = 0
+    """Episodes of an epoch, over the classes in turn; 0: one per class."""
+    share: float = 0.0
+    """Share of episodes among all groups, [mix] is 0.5: an epoch draws as many as that takes, none of them twice; the
+    rest keeps data.weights. 0: by number."""
+    neighbours: int = 100
+    """Nearest classes that a hard negative is drawn from, p_j = (n + 1 - j) / sum m for rank j of n."""
+    hard: float = 1.0
+    """Chance that the negative class is a neighbour; else it is any other class."""
+    random_labels: Literal["anchor", "both", "none"] = "anchor"
+    """Classes that a random string names in place of their true name. The released code renames the anchor alone; with
+    both, names cannot be learned by heart."""
+    label_form: Literal["letters", "syllables"] = "letters"
+    """A random string: 1 to 10 lowercase letters, or two syllables as embedded creatures are named."""
+    form: Literal["released", "plain", "short", "chat"] = "released"
+    """Words of an episode: the released conversation byte for byte, bare questions and answers, each image with its
+    name alone, or turns of the tokenizer's own chat template."""
+    queries: str = ""
+    """JSON list of questions for the query image (the released ICL.json); empty: the one that evaluation asks."""
+    objective: Literal["answer", "choice"] = "answer"
+    """answer: LM loss on the answer to the query, as in the paper. choice: softmax over the answers with either name
+    (objective.choice, objective.choice_lm)."""
+    supervise: Literal["last", "all"] = "last"
+    """last: the answer to the query, as in the paper. all: also the answer of every demonstration but the first of its
+    class, whose name nothing before it says; several times the targets for the same tokens."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     train: tuple[str, ...] = ()
     """Folders made by `eventlens data build`."""
@@ -146,8 +187,10 @@ class DataConfig:
     tag_noise: float = 0.0
     """Share of the listed tags that training replaces by tags of other images, of as many tokens; drawn anew in every
     epoch. Never in an evaluation."""
-    control: Literal["none", "blank", "permute_regions"] = "none"
-    """Train on what a control shows (data/controls.py): blank is a model that never sees a pixel or a region."""
+    episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
+    control: Literal["none", "blank", "permute_regions", "blank_demos", "released_splice"] = "none"
+    """Train on what a control shows (data/controls.py): blank is a model that never sees a pixel or a region,
+    released_splice one that embeds the last image of an episode alone, as the released code of LCL does."""
     row_tokens: int = 1024
     """Token budget of a packed row."""
     group_tokens: int = 0

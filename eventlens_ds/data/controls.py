@@ -8,19 +8,22 @@ runs the same forwards as the evaluation it is compared with.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 from eventlens_ds.data.records import Batch
 
-Control = Literal["none", "blank", "permute_regions"]
+Control = Literal["none", "blank", "permute_regions", "blank_demos", "released_splice"]
 """none: as is. blank: grey pixels, no region reaches the text, and every token of a tag is the same one, as tags come
 from the picture too; how many tokens they take stays, as object names stay. permute_regions: the boxes of every image
 trade places, so each mention is linked to the feature of another region; an image with one region stays as it is (see
-`permutable`)."""
+`permutable`). blank_demos: of a sample with several images (an episode) all but the last are grey. released_splice:
+their visual tokens stay the embedding of the placeholder, as in the released code of LCL, whose loop over the images
+keeps the last alone."""
 
-CONTROLS: tuple[Control, ...] = get_args(Control)
+CONTROLS: tuple[Control, ...] = ("none", "blank", "permute_regions")
+"""Those that say something about samples of one image, and are offered for every task."""
 
 
 def apply_control(batch: Batch, control: Control) -> Batch:
@@ -36,7 +39,31 @@ def apply_control(batch: Batch, control: Control) -> Batch:
         )
     if control == "permute_regions":
         return replace(batch, boxes=_permuted(batch))
+    if control == "blank_demos":
+        keep = last_images(batch).to(batch.pixel_values.dtype)
+        return replace(batch, pixel_values=batch.pixel_values * keep[:, None, None, None])
+    if control == "released_splice":
+        return replace(batch, image_slots=_last_slots(batch))
     return batch
+
+
+def last_images(batch: Batch) -> torch.Tensor:
+    """bool[N]: the last image of every group, for an episode the one that is asked about."""
+    count = batch.pixel_values.shape[0]
+    firsts = sorted(set(batch.sample_image))
+    keep = torch.zeros(count, dtype=torch.bool, device=batch.pixel_values.device)
+    keep[[first - 1 for first in (*firsts[1:], count)] if firsts else []] = True
+    return keep
+
+
+def _last_slots(batch: Batch) -> torch.Tensor:
+    """Image slots without those of any but the last image of a group."""
+    count = batch.pixel_values.shape[0]
+    if not count:
+        return batch.image_slots
+    tokens = (int(batch.image_slots.max()) + 1) // count
+    image = batch.image_slots.clamp(min=0) // tokens
+    return torch.where(last_images(batch)[image], batch.image_slots, -1)
 
 
 def _without_tags(batch: Batch) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from eventlens_ds.data.episode_text import BOS, EOS
 from eventlens_ds.data.prompts import (
     Piece,
     PromptStyle,
@@ -29,7 +30,7 @@ from eventlens_ds.data.prompts import (
     text_of,
 )
 from eventlens_ds.data.question_tokenizer import question_tokenizer
-from eventlens_ds.data.records import CHOICE_TASKS, TASKS, EncodedGroup, Group
+from eventlens_ds.data.records import TASKS, EncodedGroup, Group
 from eventlens_ds.data.tokenizer import PieceTokenizer
 from eventlens_ds.data.transforms import Resized
 from eventlens_ds.errors import DataError
@@ -62,6 +63,8 @@ class EncodeSpec:
     instruction_tokens: int = 0
     question_tokenizer: str = ""
     encoder_decoder: bool = False
+    positions: int = 0
+    """Positions that the language model reads (its RoPE was made for); 0: no limit of that kind."""
 
 
 def pieces_length(pieces: Sequence[Piece], tokenizer: PieceTokenizer, spec: EncodeSpec) -> int:
@@ -70,9 +73,19 @@ def pieces_length(pieces: Sequence[Piece], tokenizer: PieceTokenizer, spec: Enco
     return sum(
         spec.vision.tokens
         if p.image >= 0
-        else len(tokenizer.ids(p.text)) + (inserted if p.region >= 0 else 0) + (1 if p.soft else 0)
+        else len(_marked(p, tokenizer) if p.mark else tokenizer.ids(p.text))
+        + (inserted if p.region >= 0 else 0)
+        + (1 if p.soft else 0)
         for p in pieces
     )
+
+
+def _marked(piece: Piece, tokenizer: PieceTokenizer) -> tuple[int, ...]:
+    """The special token that a piece stands for; empty where the tokenizer does not have it."""
+    assert piece.mark is not None
+    own = {BOS: tokenizer.bos, EOS: tokenizer.eos}
+    token = own[piece.mark] if piece.mark in own else tokenizer.special(piece.mark.token)
+    return () if token is None else (token,)
 
 
 def rendered_group(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec) -> RenderedGroup:
@@ -111,6 +124,7 @@ def group_lengths(
     for sample in rendered.samples:
         leaves = sum(pieces_length(leaf, tokenizer, spec) + 1 for leaf in sample.leaves)
         stem = pieces_length(sample.stem, tokenizer, spec) + (2 if spec.encoder_decoder else 0)
+        stem += sum(pieces_length((*turn.stem, *turn.answer), tokenizer, spec) for turn in sample.shown)
         samples.append(SampleLength(stem, leaves, leaves))
     return prefix, tuple(samples)
 
@@ -155,6 +169,10 @@ class _Segments:
                 continue
             if piece.soft:
                 self._token(self.tokenizer.pad, soft=True)
+                continue
+            if piece.mark:
+                for token in _marked(piece, self.tokenizer):
+                    self._token(token)
                 continue
             ids = self.tokenizer.ids(piece.text)
             linked = len(ids[-1:] if leaf else ids) if self.spec.linking == "add" else 0
@@ -204,9 +222,16 @@ def encode(group: Group, tokenizer: PieceTokenizer, spec: EncodeSpec, load_image
     leaf_weight: list[float] = []
     choices: list[tuple[np.ndarray, int, int]] = []
     for s, (sample, text) in enumerate(zip(group.samples, rendered.samples)):
-        stem = segments.add(text.stem, root, stem=True)
+        before = root
+        for turn in text.shown:
+            # A chain: each answer is a leaf that the next question hangs on.
+            before = segments.add(turn.answer, segments.add(turn.stem, before))
+            leaf_segment.append(before)
+            leaf_sample.append(s)
+            leaf_weight.append(turn.weight)
+        stem = segments.add(text.stem, before, stem=True)
         first = len(leaf_segment)
-        is_choice = sample.task in CHOICE_TASKS
+        is_choice = bool(sample.candidates)
         for leaf in text.leaves:
             leaf_segment.append(segments.add(leaf, stem, leaf=True))
             leaf_sample.append(s)

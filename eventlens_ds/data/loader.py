@@ -13,8 +13,10 @@ of their size as floats; they are normalised where they arrive.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ from eventlens_ds.data import sources, transforms
 from eventlens_ds.data.collate import collate
 from eventlens_ds.data.controls import apply_control
 from eventlens_ds.data.encode import EncodeSpec, encode
-from eventlens_ds.data.lengths import GroupIndex, SampleTable, group_index, sample_table
+from eventlens_ds.data.episodes import Drawn, Rows, holds_episodes
+from eventlens_ds.data.lengths import COLUMNS, GroupIndex, SampleTable, group_index, sample_table
+from eventlens_ds.data.listed_episodes import Listed
 from eventlens_ds.data.plan import GroupTable, Plan, draw
 from eventlens_ds.data.records import TASKS, Batch, EncodedGroup, Group
 from eventlens_ds.data.shards import ShardSet
@@ -38,6 +42,9 @@ from eventlens_ds.data.workers import leave_with_parent
 from eventlens_ds.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
+
+Episodes = Drawn | Listed
+"""Drawn for training, listed for evaluation; both make a Group of a number."""
 
 
 class RunData:
@@ -59,25 +66,67 @@ class RunData:
         limit: int = 0,
         with_blind: bool = False,
         workers: int = 0,
+        seed: int = 0,
     ) -> None:
         if not folders:
             raise UserError("data.train: name at least one folder made by `eventlens data build`")
         self.config, self.tokenizer, self.spec, self.split = config, tokenizer, spec, split
         self.tasks = tuple(tasks) or TASKS
-        self.shards = [ShardSet.open(Path(folder), split) for folder in folders]
+        self.folders: list[str] = []
+        self.shards: list[ShardSet] = []
         self.tables: list[SampleTable] = []
         self.groups: list[GroupIndex] = []
+        self.episodes: list[Episodes | None] = []
+        drawn: list[tuple[str, ShardSet]] = []
         budget = config.group_tokens or config.row_tokens
-        for folder, shards in zip(folders, self.shards):
+        for folder in folders:
+            shards = ShardSet.open(Path(folder), split)
             cache = Path(folder) / split / "lengths"
             table = sample_table(shards, tokenizer_path, spec, cache=cache, workers=workers or _cores())
             groups = group_index(table, tasks=self.tasks, max_tokens=budget, max_image=limit, with_blind=with_blind)
-            if not len(groups):
+            if "lcl" in self.tasks and not with_blind and holds_episodes(shards):
+                drawn.append((folder, shards))
+            elif not len(groups):
                 raise DataError(f"{folder}/{split}: holds no sample of the tasks {', '.join(self.tasks)}")
-            self.tables.append(table)
-            self.groups.append(groups)
+            if len(groups):
+                self._add(folder, shards, table, groups, None)
+        if drawn and limit:
+            raise UserError(f"data.limit {limit}: episodes are drawn from all images; data.episodes.per_epoch")
+        self._draw_episodes(drawn, seed)
         noisy = config.tag_noise and spec.style.tag_tokens >= 0
         self.tag_noise = TagNoise(config.tag_noise, self.shards, tokenizer) if noisy else None
+
+    @classmethod
+    def of_episodes(
+        cls, folder: str, shards: ShardSet, made: Episodes, *, config: DataConfig, tokenizer: PieceTokenizer,
+        spec: EncodeSpec,
+    ) -> RunData:  # fmt: skip
+        """Nothing but these episodes of one split."""
+        self = cls.__new__(cls)
+        self.config, self.tokenizer, self.spec, self.split = config, tokenizer, spec, shards.split
+        self.tasks, self.tag_noise = ("lcl",), None
+        self.folders, self.shards, self.tables, self.groups, self.episodes = [], [], [], [], []
+        self.add_episodes(folder, shards, made)
+        return self
+
+    def _add(
+        self, folder: str, shards: ShardSet, table: SampleTable, groups: GroupIndex, episodes: Episodes | None
+    ) -> None:
+        """One more table: the samples of a folder, or its episodes."""
+        self.folders.append(folder)
+        self.shards.append(shards)
+        self.tables.append(table)
+        self.groups.append(groups)
+        self.episodes.append(episodes)
+
+    def add_episodes(self, folder: str, shards: ShardSet, made: Episodes) -> None:
+        """Episodes of a folder as a table of their own, one group each."""
+        task, first = TASKS.index("lcl"), np.arange(made.size, dtype=np.int64)
+        columns = np.zeros((len(COLUMNS), made.size), np.int32)
+        columns[COLUMNS.index("task")] = task
+        lengths = np.asarray(made.table("").lengths_in(0), np.int32)
+        groups = GroupIndex(first, first + 1, lengths, np.full(made.size, task, np.int32))
+        self._add(folder, shards, SampleTable(columns, made.fingerprint), groups, made)
 
     def group_tables(self) -> list[GroupTable]:
         """What the plan needs to know."""
@@ -88,13 +137,55 @@ class RunData:
                 lengths=groups.lengths,
                 images=np.ones(len(groups), np.int16),
             )
-            for i, (table, groups) in enumerate(zip(self.tables, self.groups))
+            if episodes is None
+            else episodes.table(f"{i}")
+            for i, (table, groups, episodes) in enumerate(zip(self.tables, self.groups, self.episodes))
         ]
+
+    def _draw_episodes(self, drawn: Sequence[tuple[str, ShardSet]], seed: int) -> None:
+        """Add the episodes of folders. With data.episodes.share an epoch has as many as make up their share, so that
+        none of them comes twice. Raises UserError when the folders cannot give a share."""
+        config = self.config.episodes
+        made = [Drawn(Rows(x), config, self.tokenizer, self.spec, seed, self.config.row_tokens) for _, x in drawn]
+        if config.share:
+            others, classes = sum(map(len, self.groups)), sum(len(one.anchors) for one in made)
+            if not others or not classes:
+                what = "nothing but episodes" if classes else "no episodes"
+                raise UserError(
+                    f"data.episodes.share {config.share}: the folders of data.train hold {what} of the wanted tasks"
+                )
+            wanted = others * config.share / (1 - config.share)
+            for one in made:
+                one.size = max(1, round(wanted * len(one.anchors) / classes))
+        for (folder, shards), one in zip(drawn, made):
+            self.add_episodes(folder, shards, one)
+
+    def weights(self) -> list[float]:
+        """Weight of every table in the mixture; [] is by number of groups, which gives episodes their share. Exact
+        integers beside episodes, so that an epoch takes each of them once.
+
+        Raises UserError when data.weights leaves the weight of episodes open."""
+        if not self.config.weights:
+            return []
+        given = dict(zip(self.config.train, (Fraction(repr(float(w))) for w in self.config.weights)))
+        drawn = [made is not None for made in self.episodes]
+        if not any(drawn):
+            return list(self.config.weights)
+        if not self.config.episodes.share:
+            raise UserError("data.weights: episodes are weighted by data.episodes.share, so that none comes twice")
+        plain = [given[folder] for folder, is_drawn in zip(self.folders, drawn) if not is_drawn]
+        number = sum(len(groups) for groups, is_drawn in zip(self.groups, drawn) if not is_drawn)
+        exact = [
+            Fraction(len(groups)) if is_drawn else given[folder] * number / sum(plain)
+            for folder, groups, is_drawn in zip(self.folders, self.groups, drawn)
+        ]
+        scale = math.lcm(*(weight.denominator for weight in exact))
+        return [float(weight * scale) for weight in exact]
 
     def plan(self, *, seed: int, rows_per_step: int, cache_dir: Path | None = None) -> Plan:
         return Plan(
             self.group_tables(),
-            weights=self.config.weights,
+            weights=self.weights(),
             seed=seed,
             row_tokens=self.config.row_tokens,
             rows_per_step=rows_per_step,
@@ -102,7 +193,10 @@ class RunData:
         )
 
     def group(self, table: int, group: int) -> Group:
-        """Read a group: its image, whose regions come without polygons, and its samples."""
+        """Read a group: its image, whose regions come without polygons, and its samples; or draw an episode, whose
+        number counts on over epochs."""
+        if (episodes := self.episodes[table]) is not None:
+            return episodes.group(group)
         lines, index, shards = self.tables[table], self.groups[table], self.shards[table]
         span = range(int(index.first[group]), int(index.last[group]))
         image = shards.image(int(lines["image"][span[0]]), outlines=False)
@@ -127,7 +221,8 @@ class RunData:
             group = self.tag_noise(group, seed) if self.tag_noise else group
             made = self.encode(group, table, number, raw=True)
             made.pixel_values = [self._as_bytes(pixels) for pixels in made.pixel_values]
-            planned = int(self.groups[table].lengths[number])
+            episodes = self.episodes[table]
+            planned = int(self.groups[table].lengths[number]) if episodes is None else episodes.length(number)
             if made.num_tokens != planned:
                 raise ValueError(f"group of {made.sample_ids[0]}: {made.num_tokens} tokens, planned {planned}")
             encoded.append(made)
@@ -168,11 +263,13 @@ class RunData:
         )
 
     def _image(self, group: Group, table: int, number: int, m: int, *, raw: bool = False) -> transforms.Resized:
-        shards = self.shards[table]
-        line = int(self.groups[table].first[number])
-        image = group.images[m]
+        image, episodes = group.images[m], self.episodes[table]
+        if episodes is None:
+            stored = int(self.tables[table]["image"][int(self.groups[table].first[number])])
+        else:
+            stored = episodes.rows.numbers[image.img_fn]
         vision = self.spec.vision
-        payload = shards.image_bytes(int(self.tables[table]["image"][line]))
+        payload = self.shards[table].image_bytes(stored)
         return transforms.load(payload, image, vision.image_size, mean=vision.mean, std=vision.std, raw=raw)
 
 

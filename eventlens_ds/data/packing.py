@@ -36,17 +36,24 @@ class GroupTable:
 
     `fingerprint` must change with everything that `lengths` and `images` were computed from (data, tokenizer, prompt
     version, linking mode, vision size). `lengths` is int32[G] tokens per group, or a function of the epoch that
-    returns it, because `draw` may pick another template in each epoch. `images` is int16[G].
+    returns it, because `draw` may pick another template in each epoch. `images` is int16[G], or such a function; then
+    `groups` is G. `drawn`: group g is another one in every epoch (an episode), and a row of epoch e names it e * G + g.
     """
 
     name: str
     fingerprint: str
     lengths: np.ndarray | Callable[[int], np.ndarray]
-    images: np.ndarray
+    images: np.ndarray | Callable[[int], np.ndarray]
+    groups: int = 0
+    drawn: bool = False
 
     @property
     def size(self) -> int:
-        return int(self.images.shape[0])
+        return self.groups if callable(self.images) else int(self.images.shape[0])
+
+    def images_in(self, epoch: int) -> np.ndarray:
+        """int[G] images of every group in `epoch`."""
+        return self.images(epoch) if callable(self.images) else self.images
 
     def lengths_in(self, epoch: int) -> np.ndarray:
         """int[G] tokens of every group in `epoch`. Raises DataError when there is not one length per group."""
@@ -82,8 +89,8 @@ class JoinedTables:
             raise UserError("no data set is named: nothing to plan")
         self.tables, self.row_tokens = tuple(tables), row_tokens
         self.offsets = np.concatenate([[0], np.cumsum([table.size for table in tables])])
-        self.images = _end_to_end([table.images for table in tables])
-        self._static = not any(callable(table.lengths) for table in tables)
+        self._static = not any(callable(table.lengths) or callable(table.images) for table in tables)
+        self._images: dict[int, np.ndarray] = {}
         self._lengths: dict[int, np.ndarray] = {}
         self._expected: dict[int, bytes] = {}
         self.kept = [self._fitting(*pair) for pair in zip(tables, self._split(self.lengths_in(0)))]
@@ -123,6 +130,15 @@ class JoinedTables:
             self._lengths[epoch] = lengths
         return self._lengths[epoch]
 
+    def images_in(self, epoch: int) -> np.ndarray:
+        """int[P] images of all tables; two epochs are kept, as of lengths."""
+        epoch = 0 if self._static else epoch
+        if epoch not in self._images:
+            while len(self._images) >= 2:
+                del self._images[next(iter(self._images))]
+            self._images[epoch] = _end_to_end([table.images_in(epoch) for table in self.tables])
+        return self._images[epoch]
+
     def refused_in(self, epoch: int) -> Refused:
         """Groups not planned in `epoch`: those refused in epoch 0, then those too long in this epoch alone."""
         found: Refused = []
@@ -138,9 +154,12 @@ class JoinedTables:
     def row(self, index: int, epoch: int, positions: np.ndarray) -> Row:
         """The row that holds the groups at `positions` (int64[n])."""
         tables = np.searchsorted(self.offsets, positions, side="right") - 1
-        groups = tuple(zip(tables.tolist(), (positions - self.offsets[tables]).tolist()))
+        groups = tuple(
+            (table, group + epoch * self.tables[table].size if self.tables[table].drawn else group)
+            for table, group in zip(tables.tolist(), (positions - self.offsets[tables]).tolist())
+        )
         tokens = int(self.lengths_in(epoch)[positions].sum(dtype=np.int64))
-        return Row(index, epoch, groups, tokens, int(self.images[positions].sum(dtype=np.int64)))
+        return Row(index, epoch, groups, tokens, int(self.images_in(epoch)[positions].sum(dtype=np.int64)))
 
 
 def _end_to_end(parts: list[np.ndarray]) -> np.ndarray:

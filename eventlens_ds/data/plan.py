@@ -214,7 +214,7 @@ class Plan:
             "settings": [self.seed, self.row_tokens, self.rows_per_step, self.window, self.shuffle],
         }
         digest = hashlib.sha256(json.dumps(facts).encode())
-        digest.update(array_digest(self._joined.lengths_in(0)) + array_digest(self._joined.images))
+        digest.update(array_digest(self._joined.lengths_in(0)) + array_digest(self._joined.images_in(0)))
         return digest.hexdigest()
 
     @property
@@ -372,7 +372,7 @@ class Plan:
             lengths = self._joined.lengths_in(row.epoch)
             for table, group in row.groups:
                 groups[table] += 1
-                tokens[table] += int(lengths[self._offsets[table] + group])
+                tokens[table] += int(lengths[self._offsets[table] + group % self.tables[table].size])
         wanted = self._shares or [Fraction(size, sum(self._sizes)) for size in self._sizes]
         every = max(1, sum(groups))
         return [

@@ -143,10 +143,13 @@ def _marks(batch: Batch, names: Sequence[str]) -> _Marks:
     leaf_of = []
     count = 0
     for segment in range(len(batch.parents)):
-        leaf_of.append(-1 if segment in parents or batch.parents[segment] < 0 else count)
-        if leaf_of[-1] >= 0:
-            start, end = batch.bounds[segment].tolist()
-            if not torch.equal(batch.target_ids[batch.target_leaf == count], batch.input_ids[0, start:end]):
+        start, end = batch.bounds[segment].tolist()
+        found = torch.equal(batch.target_ids[batch.target_leaf == count], batch.input_ids[0, start:end])
+        # An answer inside an episode is a leaf that the next question hangs on.
+        is_leaf = batch.parents[segment] >= 0 and (segment not in parents or found)
+        leaf_of.append(count if is_leaf else -1)
+        if is_leaf:
+            if not found:
                 raise ValueError(f"group of {batch.sample_ids[:1]}: the targets of leaf {count} are not its tokens")
             count += 1
     kind = ["lm" if weight else "unweighted" for weight in batch.leaf_weight.tolist()]

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from eventlens_ds.data import episode_text
+from eventlens_ds.data.episode_text import ChatWords, EpisodeForm, ImageRef, Mark, Part
 from eventlens_ds.data.records import Group, RegionRef, Sample, Tokens
 
 PROMPT_VERSION = 3
@@ -45,28 +47,43 @@ HINT = (" According to", ", you are allowed to use or partially use the followin
 class PromptStyle(NamedTuple):
     """Choices of wording that a run makes (DataConfig explains them); part of every length and plan.
 
-    tag_tokens: tokens that the tags of an image may take behind the soft prompt; -1: tags are not listed."""
+    tag_tokens: tokens that the tags of an image may take behind the soft prompt; -1: tags are not listed.
+    episode, chat: the words of an episode, and of the chat template in form chat (data/episode_text.py)."""
 
     list_objects: bool = True
     event_context: Literal["event", "subject"] = "event"
     tag_tokens: int = -1
+    episode: EpisodeForm = "released"
+    chat: ChatWords | None = None
 
 
 class Piece(NamedTuple):
     """Text that is tokenised on its own. `region` is the region it mentions, counted over the images of the
     group, or -1; `image` is the image whose visual tokens stand here, or -1 (then `text` is empty). `soft`: one
-    token, the soft prompt (`text` is empty). `tag`: a tag of image `tag`, which may be left out, or -1."""
+    token, the soft prompt (`text` is empty). `tag`: a tag of image `tag`, which may be left out, or -1.
+    `mark`: a special token (`text` is empty), no token where the tokenizer has none."""
 
     text: str
     region: int = -1
     image: int = -1
     soft: bool = False
     tag: int = -1
+    mark: Mark | None = None
+
+
+class ShownTurn(NamedTuple):
+    """A question and its answer before the stem; the answer carries a loss of this weight."""
+
+    stem: tuple[Piece, ...]
+    answer: tuple[Piece, ...]
+    weight: float
 
 
 class RenderedSample(NamedTuple):
     stem: tuple[Piece, ...]
     leaves: tuple[tuple[Piece, ...], ...]
+    shown: tuple[ShownTurn, ...] = ()
+    """Turns between prefix and stem whose answers are learned too (episodes); empty: they are part of the prefix."""
 
 
 class RenderedGroup(NamedTuple):
@@ -82,8 +99,9 @@ def region_name(name: str, box: int) -> str:
 
 
 def used_regions(group: Group, style: PromptStyle) -> tuple[tuple[int, ...], ...]:
-    """Regions of each image that reach the model: every one mentioned, and those that the prefix lists."""
-    listed = MAX_LISTED_REGIONS if style.list_objects else 0
+    """Regions of each image that reach the model: every one mentioned, and those that the prefix lists. An episode
+    lists none."""
+    listed = MAX_LISTED_REGIONS if style.list_objects and group.task != "lcl" else 0
     mentioned: list[set[int]] = [set() for _ in group.images]
     for sample in group.samples:
         for ref in mentions(sample):
@@ -101,8 +119,11 @@ def mentions(sample: Sample) -> Iterable[RegionRef]:
 
 
 def render(group: Group, style: PromptStyle = PromptStyle()) -> RenderedGroup:  # noqa: B008 - immutable
-    """Render a group. All images stand in the prefix, each followed by the names of its regions if they are listed."""
+    """Render a group. All images stand in the prefix, each followed by the names of its regions if they are listed; in
+    an episode they stand where its turns have them."""
     regions = used_regions(group, style)
+    if group.task == "lcl":
+        return _render_episodes(group, style, regions)
     slot = {(m, box): i for i, (m, box) in enumerate((m, b) for m, boxes in enumerate(regions) for b in boxes)}
 
     def pieces(*parts: str | Tokens) -> tuple[Piece, ...]:
@@ -132,6 +153,38 @@ def render(group: Group, style: PromptStyle = PromptStyle()) -> RenderedGroup:  
         for sample in group.samples
     )
     return RenderedGroup(tuple(prefix), rendered, regions)
+
+
+def _render_episodes(group: Group, style: PromptStyle, regions: tuple[tuple[int, ...], ...]) -> RenderedGroup:
+    """The context as prefix, the query turn as stem. Samples share a group when they share the whole context; where
+    answers of the context are learned, its turns stand between prefix and stem."""
+    form, chat = style.episode, style.chat
+    prefixes = set()
+    samples = []
+    for sample in group.samples:
+        shown: tuple[ShownTurn, ...] = ()
+        if sample.example_weights:
+            turns = zip(episode_text.demonstrations(sample, form, chat), sample.example_weights, strict=True)
+            shown = tuple(ShownTurn(_episode_pieces(q), _episode_pieces(a), weight) for (q, a), weight in turns)
+        before = episode_text.opening if shown else episode_text.context
+        prefixes.add(_episode_pieces(before(sample, form, chat)))
+        stem = _episode_pieces(episode_text.question(sample, form, chat))
+        leaves = tuple(_episode_pieces(episode_text.answer(x, form)) for x in sample.targets or sample.candidates)
+        samples.append(RenderedSample(stem, leaves, shown))
+    if len(prefixes) > 1:
+        raise ValueError(f"group of {group.samples[0].id}: {len(prefixes)} contexts for one prefix")
+    return RenderedGroup(prefixes.pop(), tuple(samples), regions)
+
+
+def _episode_pieces(parts: Iterable[Part]) -> tuple[Piece, ...]:
+    """Texts as they are: no blank moves, because the form is somebody else's, byte for byte."""
+    made = []
+    for part in parts:
+        if isinstance(part, ImageRef):
+            made.append(Piece("", image=part.image))
+        else:
+            made.append(Piece("", mark=part) if isinstance(part, Mark) else Piece(part))
+    return tuple(made)
 
 
 def _tags(m: int, tags: Sequence[str]) -> list[Piece]:
@@ -210,4 +263,5 @@ def _lead_with_space(pieces: Sequence[Piece]) -> list[Piece]:
 
 def text_of(pieces: Iterable[Piece]) -> str:
     """The text of pieces as a reader sees it, e.g. for prediction rows and previews."""
-    return "".join("<image>" if p.image >= 0 else " <hint>" if p.soft else p.text for p in pieces).strip()
+    shown = ("<image>" if p.image >= 0 else " <hint>" if p.soft else p.mark.token if p.mark else p.text for p in pieces)
+    return "".join(shown).strip()

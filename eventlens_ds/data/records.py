@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-TASKS: tuple[str, ...] = ("caption", "event", "vcr_answer", "vcr_rationale", "rec", "reg", "vqa", "vsr", "pope")
+TASKS: tuple[str, ...] = ("caption", "event", "vcr_answer", "vcr_rationale", "rec", "reg", "vqa", "vsr", "pope", "lcl")
 """Names of the tasks in the order of their ids: the task id of a token picks its adapter."""
 
 CHOICE_TASKS = frozenset({"vcr_answer", "vcr_rationale"})
@@ -86,6 +86,8 @@ class Sample:
       vqa   turn question, target the most frequent answer; fields answers (JSON list of 10 or 1), answer_type
       vsr   turn statement, target yes or no; field label, 1 or 0
       pope  turn question, target yes or no; fields label (yes or no), setting (random, popular, adversarial)
+      lcl   examples, turn query about the image after theirs; target the label, or candidates those of both classes;
+            an episode, drawn and not stored (data/episodes.py); fields shots, pair
     """
 
     id: str
@@ -93,11 +95,15 @@ class Sample:
     task: str
     images: tuple[str, ...]
     turns: tuple[tuple[str, Tokens], ...]
-    """(role, text) pairs; roles: question, answer, event, place, relation, expression, box, statement."""
+    """(role, text) pairs; roles: question, answer, event, place, relation, expression, box, statement, query."""
     targets: tuple[Tokens, ...] = ()
     candidates: tuple[Tokens, ...] = ()
     label: int | None = None
     tags: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    """Of an episode: the label of every demonstration; demonstration i shows image i of the sample."""
+    example_weights: tuple[float, ...] = ()
+    """Of an episode: loss weight of the answer of every demonstration; empty: only the last answer is learned."""
     fields: tuple[tuple[str, str], ...] = ()
 
     def field(self, name: str, default: str = "") -> str:

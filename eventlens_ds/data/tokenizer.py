@@ -46,6 +46,7 @@ class PieceTokenizer:
         named = dict(zip(hf_tokenizer.all_special_ids, hf_tokenizer.all_special_tokens))
         special = {i: text for i, text in {**added, **named}.items() if i != unknown}
         self._special = frozenset(special)
+        self._named = {text: i for i, text in special.items()}
         self._spelled = re.compile("(" + "|".join(re.escape(t) for t in special.values()) + ")")
         self._memo: dict[str, tuple[int, ...]] = {}
         _without_leading_space(hf_tokenizer)
@@ -68,6 +69,10 @@ class PieceTokenizer:
             if len(self._memo) < _MEMO_LIMIT:
                 self._memo[text] = known
         return known
+
+    def special(self, text: str) -> int:
+        """The id of a special token. Raises KeyError for any other text."""
+        return self._named[text]
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.hf(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -139,15 +144,17 @@ def build_embedded() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    from eventlens_ds.data.episode_text import template_words
     from eventlens_ds.data.prompts import HINT, RELATION_QUESTIONS, STEMS
-    from eventlens_ds.data.sources import world_regions, world_text
+    from eventlens_ds.data.sources import world_creature, world_regions, world_text
 
     frame = " Answer: Why? Event: Place: Objects: Describe the picture."
     asked = [f" {form.format('')}" for forms in RELATION_QUESTIONS.values() for form in forms]
     asked += [part for before, _, after in STEMS.values() for part in (before, after) if part] + list(HINT)
     hundredths = " ".join(f"0.{part:02d}" for part in range(100))
     # Training on words needs each often enough to be merged whole.
-    text = [*world_text.corpus(), *[frame, *asked, *world_regions.corpus(), hundredths] * 50]
+    forms = [frame, *asked, hundredths, *world_regions.corpus(), *template_words(), *world_creature.words()]
+    text = [*world_text.corpus(), *forms * 50]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

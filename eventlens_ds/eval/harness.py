@@ -126,15 +126,21 @@ def _data_sets(request: Request, tokenizer: Any, spec: Any) -> dict[str, Any]:
     """RunData by "choice", "event" and task, as far as they are asked for. A split without questions is fine when
     something else is wanted too; DataError when it lacks what was asked for."""
     from eventlens_ds.data.records import CHOICE_TASKS, TASKS
+    from eventlens_ds.eval import lcl_rows
     from eventlens_ds.eval.score import eval_data
 
+    sets: dict[str, Any] = {}
+    if "lcl" in request.tasks:
+        given = (request.config, tokenizer, spec, str(request.data), request.split)
+        sets["lcl"] = lcl_rows.Split(*given, limit=request.limit)
+        if not request.controls and not request.generate and not request.answered:
+            return sets
     every = eval_data(request.config, tokenizer, spec, str(request.data), request.split, tasks=TASKS)
     present = {TASKS[t] for t in set(every.tables[0]["task"].tolist())}
-    sets: dict[str, Any] = {}
     for name, tasks, wanted in (
         ("choice", CHOICE_TASKS, bool(request.controls)),
         ("event", frozenset({"event"}), request.generate > 0),
-        *((task, frozenset({task}), True) for task in request.tasks),
+        *((task, frozenset({task}), True) for task in request.answered),
     ):
         if not wanted:
             continue
@@ -215,9 +221,23 @@ def _conditions(request: Request, sets: dict[str, Any], forward: Any, world: Any
         log.info("%s: %d rows in %.1f s", name, len(scored.rows), made[-1].seconds)
     if "event" in sets:
         made.append(_events(request, sets["event"], forward, ranks))
-    for task in request.tasks:
+    for task in request.answered:
         made += _language(request, task, sets[task], forward, ranks)
+    for name in request.episodes:
+        made.append(_episodes(request, sets["lcl"], name, forward, ranks))
     return made
+
+
+def _episodes(request: Request, split: Any, name: str, forward: Any, ranks: Any) -> Condition:
+    from eventlens_ds.eval import episode_conditions, lcl_rows
+
+    started = time.monotonic()
+    wanted = episode_conditions.condition(name)
+    scored = lcl_rows.condition_rows(forward, split, request.shots, wanted, ranks, request.answers)
+    seconds = time.monotonic() - started
+    log.info("lcl %s: %d rows in %.1f s", name, len(scored.rows), seconds)
+    notes = {"shots": list(request.shots), "condition": name, "trained_with": request.config.data.control}
+    return Condition("lcl" if name == "none" else f"lcl-{name}", *scored, seconds, notes)
 
 
 def _language(request: Request, task: str, data: Any, forward: Any, ranks: Any) -> list[Condition]:
@@ -244,7 +264,7 @@ def _add_floors(request: Request, conditions: list[Condition], sets: dict[str, A
     from eventlens_ds.eval import language_rows
 
     config = request.config.data
-    for task in (task for task in request.tasks if task in language_rows.DESCRIBED):
+    for task in (task for task in request.answered if task in language_rows.DESCRIBED):
         floor, reason = language_rows.training_floor(config.train, config.split, task, sets[task].spec.style)
         for condition in (c for c in conditions if c.name.split("-")[0] == task):
             condition.notes["floor"] = reason
@@ -301,7 +321,7 @@ def _facts(request: Request, path: Path, fingerprint: str, world: Any, tokenizer
 
 
 def _write(out: Path, request: Request, conditions: list[Condition], facts: dict[str, Any], java: bool | None) -> None:
-    from eventlens_ds.eval import report, vcr
+    from eventlens_ds.eval import lcl_plot, report, vcr
 
     _replace_earlier(out, [c.name for c in conditions])
     for condition in conditions:
@@ -314,6 +334,8 @@ def _write(out: Path, request: Request, conditions: list[Condition], facts: dict
     metrics = report.write_report(out, conditions={**facts, "conditions": each}, java=java)
     log.info("%s", report.table(metrics).rstrip())
     log.info("written to %s", out)
+    if request.episodes:
+        lcl_plot.plot(metrics, out / "metrics" / "lcl.png")
     if request.leaderboard is not None:
         rows = next(c.rows for c in conditions if c.name == "vcr")
         number = vcr.leaderboard_csv(rows, request.leaderboard, temperature=request.config.objective.temperature)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eventlens_ds.eval import captions, rec, vqa
+from eventlens_ds.eval import captions, lcl, rec, vqa
 
-TASKS = ("caption", "reg", "rec", "vqa", "vsr", "pope")
+TASKS = ("caption", "reg", "rec", "vqa", "vsr", "pope", "lcl")
 
 Line = tuple[str, float | None, list[float | None] | None, int]
 """(metric, value, interval, n)."""
@@ -22,12 +22,16 @@ def score(task: str, rows: Sequence[Mapping[str, Any]], java: bool | None) -> di
     """The metric of a task. Raises DataError naming a row that cannot be scored."""
     if task in ("caption", "reg"):
         return captions.score(rows, java=java)
-    return {"rec": rec.score, "vqa": vqa.score_vqa, "vsr": vqa.score_vsr, "pope": vqa.score_pope}[task](rows)
+    return {"rec": rec.score, "vqa": vqa.score_vqa, "vsr": vqa.score_vsr, "pope": vqa.score_pope, "lcl": lcl.score}[
+        task
+    ](rows)
 
 
 def lines(task: str, values: Mapping[str, Any]) -> list[Line]:
     if task in ("caption", "reg"):
         return _caption_lines(values)
+    if task == "lcl":
+        return _episode_lines(values)
     n = values["n"]
     made: list[Line] = [("accuracy", values["accuracy"], values["interval"], n)]
     if task == "rec":
@@ -47,6 +51,18 @@ def lines(task: str, values: Mapping[str, Any]) -> list[Line]:
             made += [(f"accuracy {name}", block["accuracy"], block["interval"], block["n"])]
             made += [(f"f1 {name}", block["f1"], None, block["n"])]
     return made
+
+
+def _episode_lines(values: Mapping[str, Any]) -> list[Line]:
+    made: list[Line] = []
+    for shots, block in values["shots"].items():
+        made.append((f"{shots} shots", block["accuracy"], block["interval"], block["n"]))
+        if "answered" in block:
+            made += [(f"{shots} shots {rule}", block[rule], None, block["answered"]) for rule in _RELEASED]
+    return made
+
+
+_RELEASED = ("released", "released_any_case")
 
 
 def _pope_lines(values: Mapping[str, Any]) -> list[Line]:
@@ -72,6 +88,8 @@ def notes(task: str, values: Mapping[str, Any]) -> list[str]:
         made = [f"tokenizer: {values['tokenizer']}", *(f"{k}: {why}" for k, why in values["reasons"].items())]
         made += [f"floor, from {floor['from']}: {ascii(floor['caption'])[:60]}"] if floor else []
         return made + [f"{values[name]} rows {what}" for name, what in _EMPTY.items() if values[name]]
+    if task == "lcl":
+        return [f"chance {values['chance']}; intervals over pairs of classes"]
     unfit = values["unparsable"] if task == "rec" else values["unfit"]
     made = [f"{count} answers: {reason}" for reason, count in unfit.items()]
     if task == "vqa" and values["annotators"] == 1:

@@ -17,13 +17,14 @@ from eventlens_ds.config.run_config import RunConfig
 from eventlens_ds.data.controls import CONTROLS, Control
 from eventlens_ds.data.shards import ShardSet
 from eventlens_ds.errors import DataError, UserError
+from eventlens_ds.eval import episode_conditions
 from eventlens_ds.runtime import commit
 
 FORMS = ("latest", "best")
 
-NEW_TOKENS = {"caption": 40, "rec": 40, "reg": 40, "vqa": 16, "vsr": 8, "pope": 8}
-"""The tasks that are answered in words, and the tokens an answer may have by default. A box needs 29 when every digit
-and mark is a token."""
+NEW_TOKENS = {"caption": 40, "rec": 40, "reg": 40, "vqa": 16, "vsr": 8, "pope": 8, "lcl": 24}
+"""The tasks that are answered in words (lcl: by likelihood, in words on request), and the tokens an answer may have by
+default. A box needs 29 when every digit and mark is a token."""
 
 
 class Decoding(NamedTuple):
@@ -71,6 +72,15 @@ class Request:
     checkpoint: str
     zero3: bool
     leaderboard: Path | None
+    shots: tuple[int, ...] = ()
+    episodes: tuple[str, ...] = ()
+    answers: int = 0
+    """Of task lcl: shots per class, conditions (eval/episode_conditions.py), queries answered in words too."""
+
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """The tasks that are answered in words."""
+        return tuple(task for task in self.tasks if task != "lcl")
 
     @property
     def language_controls(self) -> tuple[Control, ...]:
@@ -80,6 +90,9 @@ class Request:
         """The options that ask for this again, without the number of ranks."""
         made = ["eventlens", "eval", str(self.run), "--data", str(self.data), "--split", self.split]
         made += ["--controls", ",".join(self.controls), "--events", str(self.generate), "--limit", str(self.limit)]
+        if "lcl" in self.tasks:
+            made += ["--shots", ",".join(map(str, self.shots)), "--episodes", ",".join(self.episodes)]
+            made += ["--answers", str(self.answers)]
         if self.tasks:
             made += ["--tasks", ",".join(self.tasks), "--beams", str(self.decoding.beams)]
             made += ["--max-new-tokens", str(self.decoding.max_new_tokens)]
@@ -102,6 +115,9 @@ def check(
     checkpoint: str = "latest",
     zero3: bool = False,
     leaderboard: Path | None = None,
+    shots: Sequence[int] = (),
+    episodes: Sequence[str] = (),
+    answers: int = 0,
 ) -> Request:
     """The request, or UserError / DataError naming what cannot be: a run without configuration or checkpoint, an
     unknown control or task, a folder or split that does not exist. Loads no model.
@@ -109,8 +125,10 @@ def check(
     limit: images (0: all). controls: see data/controls.py; None is none, or no VCR at all when tasks are named.
     generate: events to complete and to rank candidates for (0: none). tasks, beams, max_new_tokens,
     repetition_penalty: see `Decoding`. checkpoint: latest (newest that verifies), best, or a path. zero3:
-    partition the model. leaderboard: file for the predictions on a blind split.
+    partition the model. leaderboard: file for the predictions on a blind split. shots, episodes, answers: of task lcl,
+    see `Request`; empty: 0, 1, 2, 4, 8 shots and the condition none.
     """
+    episodes = _check_episodes(tasks, shots, episodes, answers)
     if controls is None:
         controls = () if tasks else ("none",)
     decoding = Decoding(beams, max_new_tokens, repetition_penalty=repetition_penalty)
@@ -142,7 +160,22 @@ def check(
         checkpoint=checkpoint,
         zero3=zero3,
         leaderboard=leaderboard,
+        shots=tuple(sorted(set(shots or episode_conditions.SHOTS))) if "lcl" in tasks else (),
+        episodes=tuple(dict.fromkeys(episodes)),
+        answers=answers,
     )
+
+
+def _check_episodes(
+    tasks: Sequence[str], shots: Sequence[int], episodes: Sequence[str], answers: int
+) -> tuple[str, ...]:
+    """Conditions of task lcl. Raises UserError for options that nothing reads, and for values that cannot be."""
+    for option, value in (("--shots", shots), ("--episodes", episodes), ("--answers", answers)):
+        if value and "lcl" not in tasks:
+            raise UserError(f"{option}: read only with --tasks lcl")
+    if answers < 0 or any(count < 0 for count in shots):
+        raise UserError(f"--shots {','.join(map(str, shots))} --answers {answers}: must not be negative")
+    return tuple(episode_conditions.condition(name).name for name in episodes or ("none",)) if "lcl" in tasks else ()
 
 
 def _run_folder(run: Path, checkpoint: str) -> Path:

@@ -260,7 +260,8 @@ def encode_spec(config: RegionVLMConfig, style: PromptStyle, question_folder: st
     instruction_tokens = config.qformer["instruction_tokens"] if config.reads_qformer else 0
     folder = question_folder if instruction_tokens else ""
     linking = cast(Linking, config.linking)
-    return EncodeSpec(vision, linking, style, instruction_tokens, folder, config.encoder_decoder)
+    positions = 0 if config.encoder_decoder else int(getattr(config.text_config, "max_position_embeddings", 0) or 0)
+    return EncodeSpec(vision, linking, style, instruction_tokens, folder, config.encoder_decoder, positions)
 
 
 def qformer_shape(qformer: QFormerConfig, vocabulary: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import nn
 
 from eventlens_ds.config.run_config import RunConfig
 from eventlens_ds.data.encode import EncodeSpec
+from eventlens_ds.data.episode_text import chat_words
 from eventlens_ds.data.prompts import PromptStyle
 from eventlens_ds.data.tokenizer import PieceTokenizer, load_tokenizer
 from eventlens_ds.errors import DataError, UserError
@@ -63,7 +64,13 @@ def describe(config: RunConfig, *, dry: bool = False) -> tuple[RegionVLMConfig, 
             "share no group; leave it at 0"
         )
     tag_tokens = config.data.tag_tokens if config.model.soft_prompt else -1
-    style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens)
+    episodes = config.data.episodes
+    chat = (
+        chat_words(tokenizer.hf, tokenizer_path(config) or "the embedded tokenizer")
+        if episodes.form == "chat"
+        else None
+    )
+    style = PromptStyle(config.data.list_objects, config.data.event_context, tag_tokens, episodes.form, chat)
     return architecture, tokenizer, encode_spec(architecture, style, config.model.qformer.tokenizer_path)
 
 

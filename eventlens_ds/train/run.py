@@ -88,6 +88,7 @@ def training_data(config: RunConfig, tokenizer: PieceTokenizer, spec: EncodeSpec
         spec=spec,
         tasks=config.data.tasks,
         limit=config.data.limit,
+        seed=config.train.seed,
     )
     if spec.style.tag_tokens >= 0:
         require_tags(config.data.train, made.shards, tokenizer, spec.style.tag_tokens)
@@ -148,7 +149,7 @@ def _open_run(config: RunConfig, run_dir: Path, plan: Plan, data: RunData, train
     atomic_write(run_dir / "config.yaml", config_load.dump(config).encode())
     capsule.write(
         run_dir,
-        data={folder: shards.fingerprint for folder, shards in zip(config.data.train, data.shards)},
+        data={folder: shards.fingerprint for folder, shards in zip(data.folders, data.shards)},
         ops=dispatch.decisions(),
         plan=plan.fingerprint,
         refused=len(plan.refused),
@@ -158,7 +159,7 @@ def _open_run(config: RunConfig, run_dir: Path, plan: Plan, data: RunData, train
     for line in stage_table(trainable.stage).splitlines():
         log.info("%s", line)
     for table, group, reason in plan.refused[:5]:
-        log.warning("%s: group %d is never used: %s", config.data.train[table], group, reason)
+        log.warning("%s: group %d is never used: %s", data.folders[table], group, reason)
 
 
 def _writers(config: RunConfig, run_dir: Path, state: Any, prepared: _Prepared, flops: Any, attempt: Any) -> Any:

@@ -166,7 +166,7 @@ def test_photos_with_every_source(shared: Path) -> None:
     assert len(said) == 46
     found = [s for item in (*held, *rest) for r in item.records for s in samples(r, item.image)]
     assert len({sample.id for sample in found}) == len(found)
-    assert {s.task for s in found} == set(TASKS) - {"pope"}
+    assert {s.task for s in found} == set(TASKS) - {"pope", "lcl"}
 
 
 def test_world_is_drawn_once_and_continued_after_a_kill(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def every_task(world_folder: Path) -> SmallRun:
 
 
 @pytest.mark.P4
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "lcl"])
 @pytest.mark.parametrize("linking", LINKING)
 def test_supervised_tokens_decode_to_the_answers(every_task: SmallRun, task: str, linking: str) -> None:
     small = every_task

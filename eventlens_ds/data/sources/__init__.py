@@ -52,7 +52,7 @@ class NamesImages(Protocol):
 
 def samples(record: Mapping[str, Any], image: ImageRecord) -> tuple[Sample, ...]:
     """Expand a stored record into the samples it holds, always in the same order."""
-    from eventlens_ds.data.sources import captions, expressions, pope, questions, statements, vcr, visualcomet
+    from eventlens_ds.data.sources import captions, expressions, lcl, pope, questions, statements, vcr, visualcomet
 
     readers: dict[str, Callable[[Mapping[str, Any], ImageRecord], tuple[Sample, ...]]] = {
         "vcr": vcr.samples,
@@ -62,5 +62,7 @@ def samples(record: Mapping[str, Any], image: ImageRecord) -> tuple[Sample, ...]
         "vqa": questions.samples,
         "vsr": statements.samples,
         "pope": pope.samples,
+        "lcl": lcl.samples,
+        "isekai": lcl.samples,
     }
     return readers[record["kind"]](record, image)

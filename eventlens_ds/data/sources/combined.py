@@ -22,9 +22,11 @@ from eventlens_ds.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
 
-NAMES = ("vcr", "visualcomet", "captions", "rec", "refcoco", "vg", "vqa", "vsr", "pope", "tags")
+NAMES = ("vcr", "visualcomet", "captions", "rec", "refcoco", "vg", "vqa", "vsr", "pope", "tags", "lcl")
 WORLD_NAMES = ("vcr", "visualcomet", "captions", "rec", "vqa", "vsr", "pope", "tags")
 """What an embedded world holds."""
+UNKNOWN = (0, 0)
+"""Size of an image whose header only the build reads."""
 WORLD_MARK = "world.json"
 """Written beside a world when it is complete: the arguments that drew it."""
 
@@ -53,25 +55,27 @@ class CombinedSource:
         image differently.
         """
         empty = 0
-        for item in self._merged(split):
-            if item.records:
+        for named, item in self._merged(split):
+            if item.records or named:
                 yield item
             else:
                 empty += 1
         if empty:
             log.warning("%s: %d images that only tags name are left out", split, empty)
 
-    def _merged(self, split: str) -> Iterator[SourceImage]:
+    def _merged(self, split: str) -> Iterator[tuple[bool, SourceImage]]:
+        """Images, and whether a source with splits names them: its rows may need more images than carry a record."""
         readers = [(source.name, source.images(split)) for source in self.primary if split in source.splits()]
         rest = [(name, {item.image.img_fn: item for item in reader}) for name, reader in readers[1:]]
         rest += [(name, dict(items)) for name, items in self._follow().get(split, {}).items()]
         if readers:
             for item in readers[0][1]:
-                yield _merge(readers[0][0], item, rest)
+                yield True, _merge(readers[0][0], item, rest)
+        alone = {source.name for source in self.followers}
         while rest:
             name, items = rest.pop(0)
             for img_fn in list(items):
-                yield _merge(name, items.pop(img_fn), rest)
+                yield name not in alone, _merge(name, items.pop(img_fn), rest)
 
     def _follow(self) -> dict[str, dict[str, dict[str, SourceImage]]]:
         """Split -> source -> img_fn -> image of every follower, with the split of its picture where that has one."""
@@ -115,8 +119,12 @@ def _merge(name: str, item: SourceImage, rest: list[tuple[str, dict[str, SourceI
             continue
         one, two = item.image, other.image
         # A follower knows no regions when there is no metadata file.
-        if (one.width, one.height) != (two.width, two.height) or (two.regions and one.regions != two.regions):
+        sizes = [(image.width, image.height) for image in (one, two)]
+        # Rows of LCL say nothing about the size of an image.
+        if (sizes[0] != sizes[1] and UNKNOWN not in sizes) or (two.regions and one.regions not in ((), two.regions)):
             raise DataError(f"{item.path}: {name} and {other_name} describe it differently (size or regions)")
+        if sizes[0] == UNKNOWN:
+            item = replace(item, image=two)
         records += other.records
         tags = tags or two.tags
     return SourceImage(replace(item.image, tags=tags), item.path, records)
@@ -126,6 +134,7 @@ def open_sources(names: str, root: str | Path) -> list[Source]:
     """The sources called `names` (of NAMES, with commas) in the folder `root`."""
     from eventlens_ds.data.sources.captions import CaptionSource
     from eventlens_ds.data.sources.expressions import ExpressionSource
+    from eventlens_ds.data.sources.lcl import LclSource
     from eventlens_ds.data.sources.pope import PopeSource
     from eventlens_ds.data.sources.questions import QuestionSource
     from eventlens_ds.data.sources.refcoco_source import RefCocoSource
@@ -147,6 +156,7 @@ def open_sources(names: str, root: str | Path) -> list[Source]:
         "vsr": StatementSource,
         "pope": PopeSource,
         "tags": TagSource,
+        "lcl": LclSource,
     }
     wanted = [name.strip() for name in names.split(",")]
     for name in wanted:
@@ -187,6 +197,26 @@ def draw_world(
         "image_size": image_size,
         "val_images": val_images,
     }
+    # A world without questions was drawn by an earlier version; the same arguments give the same pictures.
+    whole = (root / "regions" / "pope").is_dir()
+    _draw_once(root, wanted, whole, lambda: render_world(root, **wanted, workers=workers))
+    return CombinedSource("world", open_sources(",".join(WORLD_NAMES), root))
+
+
+def draw_creatures(
+    root: Path, *, seed: int, train: int, test: int, image_size: int, workers: int = 1
+) -> CombinedSource:
+    """The creatures of the embedded world (data/sources/world_creatures.py), as `draw_world`."""
+    from eventlens_ds.data.sources.world_creatures import render_creatures
+
+    wanted: dict[str, Any] = {"creatures": True, "seed": seed, "train": train, "test": test, "image_size": image_size}
+    arguments = {name: value for name, value in wanted.items() if name != "creatures"}
+    _draw_once(root, wanted, True, lambda: render_creatures(root, **arguments, workers=workers))
+    return CombinedSource("creatures", open_sources("lcl,captions", root))
+
+
+def _draw_once(root: Path, wanted: dict[str, Any], whole: bool, draw: Callable[[], None]) -> None:
+    """Draw below `root` unless a mark says that the same was drawn and `whole` that nothing is missing."""
     mark = root / WORLD_MARK
     started = root / f".{WORLD_MARK}"
     if mark.is_file() or started.is_file():
@@ -195,18 +225,10 @@ def draw_world(
             raise UserError(f"{root}: holds a world of {found}, not {wanted}; use another folder or remove this one")
     elif root.is_dir() and any(root.iterdir()):
         raise UserError(f"{root}: is not empty and holds no world; name another folder with --root")
-    if not mark.is_file() or not (root / "regions" / "pope").is_dir():
-        # A world without questions was drawn by an earlier version; the same arguments give the same pictures.
-        root.mkdir(parents=True, exist_ok=True)
-        started.write_text(json.dumps(wanted))
-        mark.unlink(missing_ok=True)
-        render_world(
-            root,
-            seed=seed,
-            num_images=num_images,
-            image_size=image_size,
-            val_images=val_images,
-            workers=workers,
-        )
-        started.rename(mark)
-    return CombinedSource("world", open_sources(",".join(WORLD_NAMES), root))
+    if mark.is_file() and whole:
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    started.write_text(json.dumps(wanted))
+    mark.unlink(missing_ok=True)
+    draw()
+    started.rename(mark)
