@@ -1,0 +1,53 @@
+"""`eventlens prove|preflight|compare`: what a user runs to trust a machine, a recipe, or two runs.
+
+In: the command line. Out: an exit code, as in cli.py; tables on stdout.
+Decision: as there, every command imports what it calls inside its function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from eventlens_ds.cli_data import add
+from eventlens_ds.errors import DataError, UserError
+from eventlens_ds.train import door
+
+
+def add_proofs(commands: Any) -> None:
+    prove = commands.add_parser("prove", help="break your own run on purpose and compare", description="Proofs.")
+    kinds = prove.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    resume = add(kinds, "resume", _prove_resume, "kill at random times, resume, compare bit for bit", takes_rest=True)
+    resume.add_argument("--kills", type=int, default=10, metavar="N", help="kills in all (default 10)")
+    resume.add_argument("--without", default="", choices=("", "rng"), help="switch a guard off: the proof must fail")
+    for parser in (resume,):
+        parser.epilog = "settings: --section.key=value, as for `eventlens train`"
+        parser.add_argument("--config", metavar="RECIPE", default="prove", help="default: prove, a 40-step tiny model")
+        parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes on this machine (default 2)")
+        parser.add_argument("--out", type=Path, default=Path("runs/prove"), metavar="DIR")
+        parser.add_argument("--seed", type=int, default=0, metavar="S", help="of times and targets (default 0)")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _proof(args: argparse.Namespace, rest: list[str]) -> Any:
+    from eventlens_ds.launch.prove import Proof
+
+    door.refuse_near_options(rest, args.parser)
+    if args.ranks < 1:
+        raise UserError(f"--ranks {args.ranks}: must be at least 1")
+    return Proof(args.config, tuple(rest), args.out, args.ranks, getattr(args, "without", ""))
+
+
+def _prove_resume(args: argparse.Namespace, rest: list[str]) -> int:
+    from eventlens_ds.launch import prove
+
+    result = prove.resume(_proof(args, rest), args.kills, args.seed, _say)
+    sys.stdout.write(prove.table(result) + "\n")
+    if not result["identical"]:
+        raise DataError(f"{args.out}: a killed run is not the same as one that nobody disturbed")
+    return 0
