@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from eventlens_ds.cli_data import add
+from eventlens_ds.cli_data import add, names
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.train import door
 
@@ -22,7 +22,11 @@ def add_proofs(commands: Any) -> None:
     resume = add(kinds, "resume", _prove_resume, "kill at random times, resume, compare bit for bit", takes_rest=True)
     resume.add_argument("--kills", type=int, default=10, metavar="N", help="kills in all (default 10)")
     resume.add_argument("--without", default="", choices=("", "rng"), help="switch a guard off: the proof must fail")
-    for parser in (resume,):
+    faults = add(kinds, "faults", _prove_faults, "a fault in every phase: detected, in time, blamed right?", True)
+    faults.add_argument("--faults", default="", metavar="A,B", help="exception, exit, abort, kill, stop, hang, lock")
+    faults.add_argument("--phases", default="", metavar="A,B", help="start, step, eval, save (default all)")
+    faults.add_argument("--seconds", type=float, default=6.0, metavar="T", help="train.watchdog_seconds (default 6)")
+    for parser in (resume, faults):
         parser.epilog = "settings: --section.key=value, as for `eventlens train`"
         parser.add_argument("--config", metavar="RECIPE", default="prove", help="default: prove, a 40-step tiny model")
         parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes on this machine (default 2)")
@@ -50,4 +54,16 @@ def _prove_resume(args: argparse.Namespace, rest: list[str]) -> int:
     sys.stdout.write(prove.table(result) + "\n")
     if not result["identical"]:
         raise DataError(f"{args.out}: a killed run is not the same as one that nobody disturbed")
+    return 0
+
+
+def _prove_faults(args: argparse.Namespace, rest: list[str]) -> int:
+    from eventlens_ds.launch import faults
+
+    asked = names(args.faults) or faults.FAULTS, names(args.phases) or faults.PHASES
+    cells = faults.matrix(_proof(args, rest), *asked, args.seconds, _say)
+    wrong = [cell for cell in cells if not cell.ok(args.seconds + faults.GRACE)]
+    if wrong:
+        told = ", ".join(f"{cell.fault} in {cell.phase}" for cell in wrong)
+        raise DataError(f"{args.out}: {len(wrong)} of {len(cells)} faults were not detected as they should be: {told}")
     return 0

@@ -361,8 +361,10 @@ def discard(path: Path) -> None:
         try:
             os.rename(path, doomed)
         except OSError as error:
-            log.error("%s could not be removed: %s", path, error)
-            return
+            log.error("%s could not be taken away: %s", path, error)
+            if not path.name.startswith("."):
+                return
+            doomed = path
     shutil.rmtree(doomed, ignore_errors=True)
 
 

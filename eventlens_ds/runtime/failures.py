@@ -25,7 +25,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from eventlens_ds.errors import UserError
-from eventlens_ds.runtime import distributed
+from eventlens_ds.runtime import distributed, heartbeat
 from eventlens_ds.runtime.distributed import World
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -69,7 +69,7 @@ def lost_contact(error: BaseException) -> bool:
 
 
 def exit_of(error: BaseException) -> tuple[int, str]:
-    """(exit code, one line) of an exception; the code of a crash is 1, as Python's own."""
+    """(exit code, one line) of an exception; the code of a crash is 1, as Python's own, and its line says where."""
     if isinstance(error, UserError):
         return error.code, str(error)
     if isinstance(error, FailedElsewhere | Terminated):
@@ -81,7 +81,8 @@ def exit_of(error: BaseException) -> tuple[int, str]:
     text = str(error).strip().splitlines()
     # A rank that leaves with 0 before the run has ended has not succeeded.
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code else 1
-    return code, f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    where = f" (in {heartbeat.place(heartbeat.here.to_json())})" if heartbeat.here.phase in heartbeat.AT_WORK else ""
+    return code, (f"{type(error).__name__}: {text[0]}" if text else type(error).__name__) + where
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@ In: `mark` from wherever the main thread goes on to something else, and hooks on
 RUN/heartbeats, one line of a fixed size, rewritten a few times within the time a rank may be silent.
 Decision: two counters. `beat` is raised by the thread and stands still when the process is stopped, dead or holds the
 interpreter lock in C code; `moves` is raised by the main thread and stands still when that waits. runtime/watchdog.py
-tells the two apart. A mark costs less than a microsecond, so it may be put into every micro-step.
+tells the two apart. A mark is written at once, so that a rank that dies right after it was seen there; it costs some
+twenty microseconds, so it may be put into every micro-step, while the module is told by the next beat.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from eventlens_ds.runtime.lease import machine, started
 
 FOLDER = "heartbeats"
 START, LOAD, STEP, EVAL, SAVE, END = "start", "load", "step", "eval", "save", "end"
 """Phases of a run. In `start` the main thread may work for as long as it likes: lengths and plan of large data."""
+
+AT_WORK = (LOAD, STEP, EVAL, SAVE)
 
 _START = (
     "EVENTLENS_ATTEMPT",
@@ -43,9 +46,14 @@ class Here:
     """Where the main thread of this process is."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """A run begins."""
         self.moves = 0
         self.phase, self.step, self.micro, self.module = START, 0, 0, ""
         self.samples: Sequence[str] = ()
+        self.tell: Callable[[], None] | None = None
 
     def to_json(self) -> dict[str, Any]:
         fields = {"moves": self.moves, "phase": self.phase, "step": self.step, "micro_step": self.micro}
@@ -64,9 +72,11 @@ def mark(phase: str, step: int | None = None, micro: int = 0, samples: Sequence[
         here.step = step
     if samples is not None:
         here.samples = samples
+    if here.tell is not None:
+        here.tell()
 
 
-def watch_modules(model: nn.Module, depth: int = 4) -> None:
+def watch_modules(model: Any, depth: int = 4) -> None:
     """Name the module in progress, down to `depth` levels of a model."""
     for name, module in model.named_modules():
         if name and name.count(".") < depth:
@@ -74,7 +84,7 @@ def watch_modules(model: nn.Module, depth: int = 4) -> None:
 
 
 def _entering(name: str) -> Any:
-    def hook(_module: nn.Module, _args: Any) -> None:
+    def hook(_module: Any, _args: Any) -> None:
         here.moves += 1
         here.module = name
 
@@ -108,6 +118,12 @@ def read(folder: Path, rank: int) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def gone(beat: dict[str, Any]) -> bool:
+    """True when a rank was a process of this machine that has ended without a last beat."""
+    here_too = bool(beat.get("machine")) and beat["machine"] == machine()
+    return here_too and beat["phase"] != END and not started(int(beat["pid"]))
+
+
 class Heartbeat:
     """Writes rank-N.json every `interval` seconds until `close`, through a file descriptor kept open.
 
@@ -118,19 +134,24 @@ class Heartbeat:
     def __init__(self, folder: Path, rank: int, interval: float, silent: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.interval, self._silent = interval, silent
-        self._facts = {"rank": rank, "pid": os.getpid(), "beat": 0}
+        self._facts: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "machine": machine(), "beat": 0}
         self._fd = os.open(folder / f"rank-{rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
         self.stack = folder / f"rank-{rank}.stack"
         self._stack_file = open(self.stack, "w", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._lock = threading.Lock()
+        here.tell = self.tell
         self.write()
+
+    def tell(self) -> None:
+        """Write where the main thread is."""
+        with self._lock, contextlib.suppress(OSError):  # a full disk is no reason to end a run
+            line = json.dumps({**self._facts, **here.to_json()}).encode()[: _LINE - 1]
+            os.pwrite(self._fd, line.ljust(_LINE - 1) + b"\n", 0)
 
     def write(self) -> None:
         """One beat."""
         self._facts["beat"] += 1
-        line = json.dumps({**self._facts, **here.to_json()}).encode()[: _LINE - 1]
-        with contextlib.suppress(OSError):  # a full disk is no reason to end a run
-            os.pwrite(self._fd, line.ljust(_LINE - 1) + b"\n", 0)
+        self.tell()
         faulthandler.dump_traceback_later(self._silent, file=self._stack_file)
 
     def dump(self) -> None:
@@ -140,6 +161,9 @@ class Heartbeat:
             self._stack_file.flush()
 
     def close(self) -> None:
+        """The last beat says that this rank has left by itself."""
+        here.phase, here.tell = END, None
+        self.write()
         faulthandler.cancel_dump_traceback_later()
         os.close(self._fd)
         self._stack_file.close()

@@ -46,7 +46,7 @@ def _file(run_dir: Path, generation: int) -> Path:
     return run_dir / FOLDER / f"{generation:08d}.json"
 
 
-def _machine() -> str:
+def machine() -> str:
     """This machine since it was started, and the process numbers in use here: containers have numbers of their own."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
@@ -66,7 +66,7 @@ def started(pid: int) -> str:
 def _facts(generation: int) -> dict[str, Any]:
     pid = os.getpid()
     env = {name: os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")}
-    who = {"pid": pid, "started": started(pid), "host": socket.gethostname(), "machine": _machine()}
+    who = {"pid": pid, "started": started(pid), "host": socket.gethostname(), "machine": machine()}
     return {"generation": generation, "token": secrets.token_hex(8), **who, **env, "state": "held", "beat": 0}
 
 
@@ -85,7 +85,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 def _gone(holder: dict[str, Any]) -> bool:
     """True when the holder was a process of this machine that has ended."""
-    here = bool(holder.get("machine")) and holder["machine"] == _machine() and bool(holder.get("started"))
+    here = bool(holder.get("machine")) and holder["machine"] == machine() and bool(holder.get("started"))
     return here and started(int(holder["pid"])) != holder["started"]
 
 

@@ -3,10 +3,11 @@
 In: the heartbeats of all ranks (runtime/heartbeat.py), `train.watchdog_seconds`. Out: RUN/watchdog-HEX.txt with the
 guilty rank, its phase, step, samples, the state of every rank and the stacks of those that can still write them;
 outcome.json by `on_end`; exit code 5 on every rank.
-Rank 0 watches all ranks, the others watch rank 0. A rank is silent when its beat stands still, stuck when its beat
-goes on and its main thread does not; among stuck ranks the one that has come least far is guilty, for the others wait
-for it. Decision: nothing here uses a collective or the process group, whose own timeout may never fire, and times are
-counted from when this process last saw a change, so machines need no common clock.
+Rank 0 watches all ranks, the others watch rank 0. A rank is gone when its process on this machine has ended, silent
+when its beat stands still, stuck when its beat goes on and its main thread does not; among stuck ranks the one that
+has come least far is guilty, for the others wait for it.
+Decision: nothing here uses a collective or the process group, whose own timeout may never fire, and times are counted
+from when this process last saw a change, so machines need no common clock.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from eventlens_ds.runtime.failures import FailedElsewhere, lost_contact
 from eventlens_ds.runtime.heartbeat import FOLDER, START, Heartbeat, place
 from eventlens_ds.runtime.lease import started
 
-SILENT, STUCK = "silent", "stuck"
+GONE, SILENT, STUCK = "gone", "silent", "stuck"
 
 _LONGEST_INTERVAL = 2.0
 _BEATS = 6
@@ -59,7 +60,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """rank: the guilty one. kind: SILENT or STUCK. seconds: for how long. last: its last beat."""
+    """rank: the guilty one. kind: GONE, SILENT or STUCK. seconds: for how long. last: its last beat."""
 
     rank: int
     kind: str
@@ -67,14 +68,17 @@ class Verdict:
     last: dict[str, Any]
 
     def line(self) -> str:
-        what = "gives no sign of life" if self.kind == SILENT else "does not go on"
-        return f"rank {self.rank} {what} since {self.seconds:.1f} s; last seen in {place(self.last)}"
+        still = f" for {self.seconds:.1f} s"
+        what = {GONE: "has died", SILENT: f"gave no sign of life{still}", STUCK: f"did not go on{still}"}[self.kind]
+        return f"rank {self.rank} {what}; last seen in {place(self.last)}"
 
 
 def judge(seen: dict[int, _Seen], clock: float, seconds: float) -> Verdict | None:
     """The guilty rank, or None. A rank that was never seen to beat has not started and is left alone."""
     for rank, row in sorted(seen.items()):
-        if row.last and clock - row.beat_since > seconds:
+        if row.last and heartbeat.gone(row.last):
+            return Verdict(rank, GONE, clock - row.beat_since, row.last)
+        if row.last and row.last["phase"] != heartbeat.END and clock - row.beat_since > seconds:
             return Verdict(rank, SILENT, clock - row.beat_since, row.last)
     stuck = [
         (row.last["step"], row.last["moves"], rank)
@@ -108,16 +112,15 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.seconds:
             interval = min(_LONGEST_INTERVAL, self.seconds / _BEATS)
-            heartbeat.mark(START, step=0, samples=())
+            heartbeat.here.reset()
             if self.rank == 0:
                 _remove_others(self.folder)
             self._beat = Heartbeat(self.folder, self.rank, interval, self.seconds)
             self._old_calls = {call.name for call in self._calls()}
             now = time.monotonic()
             watched = range(self.size) if self.rank == 0 else (0, self.rank)
-            # What lies there from an attempt before counts as not seen until it changes.
             self._seen = {rank: _Seen(heartbeat.read(self.folder, rank), now, now) for rank in watched}
-            self._started = {rank: row.last.get("beat") for rank, row in self._seen.items()}
+            self._stale = {rank: self._seen[rank].last.get("beat") for rank in watched if self._is_stale(rank)}
             self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
             self._thread.start()
         return self
@@ -140,7 +143,15 @@ class Watchdog:
     def _awake(self) -> dict[int, _Seen]:
         """Ranks that have beaten since we watch; a file of an attempt before does not change."""
         rows = self._seen.items()
-        return {rank: row for rank, row in rows if rank == self.rank or row.last.get("beat") != self._started[rank]}
+        return {rank: row for rank, row in rows if rank not in self._stale or row.last.get("beat") != self._stale[rank]}
+
+    def _is_stale(self, rank: int) -> bool:
+        """True for the file of an attempt before; both times are those of the file system."""
+        try:
+            ours, other = ((self.folder / f"rank-{r}.json").stat().st_mtime for r in (self.rank, rank))
+        except OSError:
+            return False
+        return ours - other > self.seconds
 
     def _watch(self) -> None:
         beat = self._beat
@@ -158,7 +169,7 @@ class Watchdog:
                 for row in self._seen.values():
                     row.beat_since = row.moves_since = before
             verdict = judge(self._awake(), self._look(), self.seconds)
-            if verdict is not None and (self.rank == 0 or verdict.rank == 0 and verdict.kind == SILENT):
+            if verdict is not None and (self.rank == 0 or verdict.rank == 0 and verdict.kind != STUCK):
                 self._end(verdict)
 
     def _obey(self, call: Path) -> None:
@@ -242,10 +253,14 @@ class Watchdog:
         seen = {rank: _Seen(heartbeat.read(self.folder, rank), 0.0, 0.0) for rank in range(self.size)}
         begun = time.monotonic()
         while time.monotonic() < begun + patience:
+            dead = next((rank for rank, row in seen.items() if row.last and heartbeat.gone(row.last)), None)
+            if dead is not None:
+                return Verdict(dead, GONE, 0.0, seen[dead].last)
             for row in seen.values():
                 row.look(heartbeat.read(self.folder, row.last.get("rank", -1)), 1.0)
             time.sleep(self._beat.interval / 2)
-        silent = [rank for rank, row in seen.items() if row.last and row.beat_since == 0.0 and rank != self.rank]
+        rows = [(rank, row) for rank, row in seen.items() if row.last and rank != self.rank]
+        silent = [rank for rank, row in rows if row.beat_since == 0.0 and row.last["phase"] != heartbeat.END]
         if not silent:
             return None
         return Verdict(silent[0], SILENT, time.monotonic() - begun, seen[silent[0]].last)
