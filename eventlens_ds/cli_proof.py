@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from eventlens_ds.cli_data import add, names
+from eventlens_ds.cli_data import add, existing, names
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.train import door
 
@@ -26,12 +26,17 @@ def add_proofs(commands: Any) -> None:
     faults.add_argument("--faults", default="", metavar="A,B", help="exception, exit, abort, kill, stop, hang, lock")
     faults.add_argument("--phases", default="", metavar="A,B", help="start, step, eval, save (default all)")
     faults.add_argument("--seconds", type=float, default=6.0, metavar="T", help="train.watchdog_seconds (default 6)")
-    for parser in (resume, faults):
+    preflight = add(commands, "preflight", _preflight, "one step of a recipe, saved and loaded, before a job", True)
+    for parser in (resume, faults, preflight):
         parser.epilog = "settings: --section.key=value, as for `eventlens train`"
         parser.add_argument("--config", metavar="RECIPE", default="prove", help="default: prove, a 40-step tiny model")
         parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes on this machine (default 2)")
         parser.add_argument("--out", type=Path, default=Path("runs/prove"), metavar="DIR")
+    for parser in (resume,):
         parser.add_argument("--seed", type=int, default=0, metavar="S", help="of times and targets (default 0)")
+    compare = add(commands, "compare", _compare, "what differs between two runs, and nothing else")
+    compare.add_argument("a", type=Path, metavar="RUN_A")
+    compare.add_argument("b", type=Path, metavar="RUN_B")
 
 
 def _say(line: str) -> None:
@@ -66,4 +71,19 @@ def _prove_faults(args: argparse.Namespace, rest: list[str]) -> int:
     if wrong:
         told = ", ".join(f"{cell.fault} in {cell.phase}" for cell in wrong)
         raise DataError(f"{args.out}: {len(wrong)} of {len(cells)} faults were not detected as they should be: {told}")
+    return 0
+
+
+def _preflight(args: argparse.Namespace, rest: list[str]) -> int:
+    from eventlens_ds.launch import preflight
+
+    proof = _proof(args, rest)
+    print(preflight.text(preflight.main(proof.recipe, proof.settings, proof.ranks, args.out)))
+    return 0
+
+
+def _compare(args: argparse.Namespace, _rest: list[str]) -> int:
+    from eventlens_ds.launch import compare
+
+    print(compare.text(existing(args.a), existing(args.b)))
     return 0

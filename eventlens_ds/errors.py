@@ -31,3 +31,9 @@ class RankLost(UserError):
     """A rank is dead, stopped or stuck (exit 5)."""
 
     code = 5
+
+
+class PreflightError(UserError):
+    """What would run does not (exit 6)."""
+
+    code = 6

@@ -103,9 +103,14 @@ class Files(CheckpointEngine):
         rank, size = rank_and_size()
         if path.name.endswith("_optim_states.pt"):
             return Shards(self.root, self.others, lambda file: self.read(file, "cpu", mmap=True)).shard(rank, size)
-        # What is not partitioned is the same on every rank; buffers are those of the rank before the cut.
-        old = path.with_name(path.name.replace(f"pp_rank_{rank}_", f"pp_rank_{rank % self.others['world_size']}_"))
-        return {**self.read(old, "cpu"), "dp_world_size": size}
+        return {**self.read(Path(self.existing(str(path))), "cpu"), "dp_world_size": size}
+
+    def existing(self, path: str) -> str:
+        """The file to read for `path`, which DeepSpeed asks to exist: that of another rank where this one has none.
+        What is not partitioned is the same on every rank; buffers are those of that rank before the cut."""
+        rank = rank_and_size()[0]
+        old = rank % self.others["world_size"] if self.others else rank
+        return str(Path(path).with_name(Path(path).name.replace(f"pp_rank_{rank}_", f"pp_rank_{old}_")))
 
     def read(self, path: Path, map_location: Any = None, mmap: bool = False) -> Any:
         """Content of one file; DataError when it cannot be read."""
@@ -124,8 +129,7 @@ def in_charge(engine: Any, root: Path, others: dict[str, Any] | None = None) -> 
     files, before = Files(root, others), engine.checkpoint_engine
     engine.checkpoint_engine = files
     engine._copy_recovery_script = lambda path: None
-    # DeepSpeed looks for the files of this rank by glob; those of a rank that did not exist cannot be found.
-    engine._get_all_ckpt_names = lambda folder, tag: [engine._get_ckpt_name(folder, tag)]
+    engine._get_all_ckpt_names = lambda folder, tag: [files.existing(engine._get_ckpt_name(folder, tag))]
     try:
         yield files
     finally:

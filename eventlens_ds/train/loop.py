@@ -210,7 +210,7 @@ def _report(
     config: RunConfig,
 ) -> None:
     rows = plan.step(state.step - 1)
-    ids = (sample.id for row in rows for member in row.groups for sample in data.group(*member).samples)
+    ids = (name for row in rows for member in row.groups for name in data.names(*member))
     gpu = torch.cuda.get_device_name() if world.device != "cpu" else None
     flops = writers.flops(report.tokens, sum(row.images for row in rows))
     metrics = StepMetrics(

@@ -238,8 +238,8 @@ def _writers(config: RunConfig, run_dir: Path, state: Any, prepared: _Prepared, 
     board = Board(run_dir / "tensorboard", first_step=first) if config.io.tensorboard else None
     skipped = SkippedLog(run_dir)
     if not state.step:
-        never = ((s.id, reason) for table, group, reason in plan.refused for s in data.group(table, group).samples)
-        skipped.add(None, never)
+        skipped.add(None, data.unread())
+        skipped.add(None, ((name, why) for table, group, why in plan.refused for name in data.names(table, group)))
 
     def first_step() -> None:
         attempt.first_step()
