@@ -22,12 +22,15 @@ def add_proofs(commands: Any) -> None:
     resume = add(kinds, "resume", _prove_resume, "kill at random times, resume, compare bit for bit", takes_rest=True)
     resume.add_argument("--kills", type=int, default=10, metavar="N", help="kills in all (default 10)")
     resume.add_argument("--without", default="", choices=("", "rng"), help="switch a guard off: the proof must fail")
+    elastic = add(kinds, "elastic", _prove_elastic, "go on with other numbers of ranks, compare steps", True)
+    elastic.add_argument("--order", default="2,1,4,2", metavar="A,B", help="numbers of ranks (default 2,1,4,2)")
+    elastic.add_argument("--without", default="", choices=("", "rng"), help="switch a guard off: the proof must fail")
     faults = add(kinds, "faults", _prove_faults, "a fault in every phase: detected, in time, blamed right?", True)
     faults.add_argument("--faults", default="", metavar="A,B", help="exception, exit, abort, kill, stop, hang, lock")
     faults.add_argument("--phases", default="", metavar="A,B", help="start, step, eval, save (default all)")
     faults.add_argument("--seconds", type=float, default=6.0, metavar="T", help="train.watchdog_seconds (default 6)")
     preflight = add(commands, "preflight", _preflight, "one step of a recipe, saved and loaded, before a job", True)
-    for parser in (resume, faults, preflight):
+    for parser in (resume, elastic, faults, preflight):
         parser.epilog = "settings: --section.key=value, as for `eventlens train`"
         parser.add_argument("--config", metavar="RECIPE", default="prove", help="default: prove, a 40-step tiny model")
         parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes on this machine (default 2)")
@@ -59,6 +62,21 @@ def _prove_resume(args: argparse.Namespace, rest: list[str]) -> int:
     sys.stdout.write(prove.table(result) + "\n")
     if not result["identical"]:
         raise DataError(f"{args.out}: a killed run is not the same as one that nobody disturbed")
+    return 0
+
+
+def _prove_elastic(args: argparse.Namespace, rest: list[str]) -> int:
+    from eventlens_ds.launch import elastic
+
+    order = names(args.order)
+    if not all(name.isdigit() for name in order):
+        raise UserError(f"--order {args.order}: numbers of ranks with commas between them")
+    result = elastic.elastic(_proof(args, rest), [int(name) for name in order], _say)
+    sys.stdout.write(elastic.table(result) + "\n")
+    if not result["same_samples"] or result["largest"] > elastic.TOLERANCE:
+        raise DataError(
+            f"{args.out}: another number of ranks changed samples, or a loss by more than {elastic.TOLERANCE}"
+        )
     return 0
 
 
