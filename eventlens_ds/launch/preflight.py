@@ -104,7 +104,7 @@ def rank_main(config: RunConfig) -> int:
     from eventlens_ds.train.run import _prepare
 
     world_size = int(os.environ["WORLD_SIZE"])
-    train = replace(config.train, rows_per_step=len(KINDS) * world_size, timeout_minutes=2.0, clip=config.train.clip)
+    train = replace(config.train, rows_per_step=len(KINDS) * world_size, timeout_minutes=2.0)
     config = replace(config, train=train)
     architecture, data, plan = _prepare(config)
     with process_group(config.train.threads, config.train.timeout_minutes) as world:

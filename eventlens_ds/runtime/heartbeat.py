@@ -145,7 +145,7 @@ class Heartbeat:
     def tell(self) -> None:
         """Write where the main thread is."""
         with self._lock, contextlib.suppress(OSError):  # a full disk is no reason to end a run
-            line = json.dumps({**self._facts, **here.to_json()}).encode()[: _LINE - 1]
+            line = json.dumps({**here.to_json(), **self._facts}).encode()[: _LINE - 1]
             os.pwrite(self._fd, line.ljust(_LINE - 1) + b"\n", 0)
 
     def write(self) -> None:
@@ -162,7 +162,8 @@ class Heartbeat:
 
     def close(self) -> None:
         """The last beat says that this rank has left by itself."""
-        here.phase, here.tell = END, None
+        here.tell = None
+        self._facts["phase"] = END
         self.write()
         faulthandler.cancel_dump_traceback_later()
         os.close(self._fd)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eventlens_ds.errors import UserError
-from eventlens_ds.runtime import lease
+from eventlens_ds.runtime import heartbeat, lease
 from eventlens_ds.runtime.commit import atomic_write
 from eventlens_ds.runtime.distributed import rendezvous
 from eventlens_ds.runtime.failures import exit_of
@@ -143,6 +143,7 @@ class Attempt:
             self._failed(error)
         if self.lease is not None:
             self.lease.release()
+        heartbeat.here.reset()
 
     def _failed(self, error: BaseException) -> None:
         self.fail(*exit_of(error))
