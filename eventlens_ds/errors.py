@@ -25,3 +25,15 @@ class LeaseError(UserError):
     """The run folder is in use by another job (exit 4)."""
 
     code = 4
+
+
+class RankLost(UserError):
+    """A rank is dead, stopped or stuck (exit 5)."""
+
+    code = 5
+
+
+class PreflightError(UserError):
+    """What would run does not (exit 6)."""
+
+    code = 6

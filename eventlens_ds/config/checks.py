@@ -22,6 +22,9 @@ PARTS = (
     "aggregator", "qformer", "soft_prompt",
 )  # fmt: skip
 
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+"""Signals a scheduler may send to ask for a stop; SIGINT stays what Ctrl-C is."""
+
 _AT_LEAST: dict[str, float] = {
     "model.image_size": 0,
     "model.visual_pool": 0,
@@ -65,10 +68,13 @@ _AT_LEAST: dict[str, float] = {
     "train.log_every": 1,
     "train.seed": 0,
     "train.threads": 0,
+    "train.watchdog_seconds": 0,
+    "train.spike_sigma": 0,
+    "train.skip_limit": 1,
     "eval.samples": 1,
     "eval.row_tokens": 0,
 }
-_ABOVE_ZERO = ("train.lr", "train.timeout_minutes", "objective.temperature", "model.lora.alpha")
+_ABOVE_ZERO = ("train.lr", "train.timeout_minutes", "io.lease_seconds", "objective.temperature", "model.lora.alpha")
 _SHARES = ("data.error_budget", "train.min_lr", "data.tag_noise", "data.episodes.share", "data.episodes.hard")
 _DROPOUTS = ("model.dropout", "model.adapters.dropout", "model.lora.dropout")
 
@@ -87,6 +93,9 @@ def problems(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _episodes(config)
     if not config.io.run:
         yield "io.run", "empty: name a folder"
+    for name in config.train.stop_signals:
+        if name not in STOP_SIGNALS:
+            yield "train.stop_signals", f"unknown signal {name}; known: {', '.join(STOP_SIGNALS)}"
 
 
 def _branches(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -265,6 +265,16 @@ class TrainConfig:
     """CPU threads per rank; 0: cores divided by local ranks."""
     timeout_minutes: float = 10.0
     """Timeout of collectives."""
+    watchdog_seconds: float = 600.0
+    """Longest time a rank may give no sign of life, or not go on, before the run ends with exit code 5 and a report;
+    0: never. Longer than the longest compilation, and the longest save of one file."""
+    stop_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
+    """Signals that ask for a checkpoint and a planned stop (exit code 75)."""
+    spike_sigma: float = 0.0
+    """Skip a step whose loss or gradient norm lies this many standard deviations above its running mean; 0: never.
+    Steps whose loss or gradient is no number are always skipped."""
+    skip_limit: int = 20
+    """Stop the run after this many skipped steps in a row."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +294,10 @@ class IOConfig:
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest checkpoint that verifies; never: refuse a run folder that has any."""
     tensorboard: bool = True
+    lease_seconds: float = 30.0
+    """How long the job that holds the run folder may be silent before another job may take it over."""
+    accept: tuple[str, ...] = ()
+    """Changes to accept when a run is continued: keys as the refusal names them, or data, tokenizer, base."""
 
 
 @dataclass(frozen=True)

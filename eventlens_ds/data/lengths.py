@@ -49,6 +49,8 @@ class SampleTable:
 
     columns: np.ndarray
     fingerprint: str
+    unread: tuple[tuple[str, str], ...] = ()
+    """(member, reason) of records that cannot be read; such a table is not cached, so that a repair is seen."""
 
     def __len__(self) -> int:
         return self.columns.shape[1]
@@ -71,11 +73,30 @@ class GroupIndex:
 
 
 def read_image_samples(shards: ShardSet, image: int) -> tuple[ImageRecord, list[tuple[int, int, Sample]]]:
-    """An image and all its samples as (record, part, sample)."""
-    record = shards.image(image)
-    out = []
+    """An image and all its samples as (record, part, sample). DataError where one of them cannot be read."""
+    unread: list[tuple[str, str]] = []
+    record, out = readable_samples(shards, image, unread)
+    if unread or record is None:
+        raise DataError(unread[0][1] if unread else f"{shards.folder}: image {image} cannot be read")
+    return record, out
+
+
+def readable_samples(
+    shards: ShardSet, image: int, unread: list[tuple[str, str]]
+) -> tuple[ImageRecord | None, list[tuple[int, int, Sample]]]:
+    """`read_image_samples` of what can be read; `unread` gets (member, reason) of the records that cannot. None for an
+    image whose metadata is damaged: none of its records can be used."""
+    out: list[tuple[int, int, Sample]] = []
+    try:
+        record = shards.image(image)
+    except DataError as error:
+        unread += [(shards.record_name(j), str(error)) for j in shards.records_of(image)]
+        return None, []
     for j in shards.records_of(image):
-        out += [(j, part, s) for part, s in enumerate(sources.samples(shards.record(j), record))]
+        try:
+            out += [(j, part, s) for part, s in enumerate(sources.samples(shards.record(j), record))]
+        except DataError as error:
+            unread.append((shards.record_name(j), str(error)))
     return record, out
 
 
@@ -86,7 +107,7 @@ def sample_table(
     tokenizer = load_tokenizer(tokenizer_path)
     fingerprint = _fingerprint(shards, tokenizer, spec)
     if cache is None or not _writable(cache):
-        return SampleTable(_compute(shards, tokenizer_path, spec, workers), fingerprint)
+        return _table(shards, tokenizer_path, spec, workers, fingerprint)
     path = cache / f"lengths-{fingerprint}.npy"
     # The ranks of a machine come here at the same time: one computes with all cores, the others wait and read.
     with FileLock(path.with_suffix(".lock")):
@@ -95,9 +116,18 @@ def sample_table(
                 return SampleTable(np.load(path), fingerprint)
             except (ValueError, OSError) as error:
                 log.warning("%s is damaged (%s); lengths are computed again", path, error)
-        table = SampleTable(_compute(shards, tokenizer_path, spec, workers), fingerprint)
-        _save(path, table.columns)
+        table = _table(shards, tokenizer_path, spec, workers, fingerprint)
+        if not table.unread:
+            _save(path, table.columns)
     return table
+
+
+def _table(shards: ShardSet, tokenizer_path: str, spec: EncodeSpec, workers: int, fingerprint: str) -> SampleTable:
+    columns, unread = _compute(shards, tokenizer_path, spec, workers)
+    if unread:
+        told = "; ".join(reason for _, reason in unread[:3])
+        log.warning("%s/%s: %d records cannot be read: %s", shards.folder, shards.split, len(unread), told)
+    return SampleTable(columns, fingerprint, tuple(unread))
 
 
 def _writable(folder: Path) -> bool:
@@ -109,7 +139,9 @@ def _writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
-def _compute(shards: ShardSet, tokenizer_path: str, spec: EncodeSpec, workers: int) -> np.ndarray:
+def _compute(
+    shards: ShardSet, tokenizer_path: str, spec: EncodeSpec, workers: int
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
     starts = range(0, shards.num_images, _CHUNK_IMAGES)
     jobs = [(shards, tokenizer_path, spec, s, min(s + _CHUNK_IMAGES, shards.num_images)) for s in starts]
     if workers > 1 and len(jobs) > 1:
@@ -121,9 +153,10 @@ def _compute(shards: ShardSet, tokenizer_path: str, spec: EncodeSpec, workers: i
             raise DataError(f"{shards.folder}: a worker that counts tokens was killed (out of memory?)") from None
     else:
         parts = [_lengths_job(job) for job in jobs]
-    columns = np.concatenate([*parts, np.zeros((len(COLUMNS), 0), np.int32)], axis=1)
+    unread = [entry for _, entries in parts for entry in entries]
+    columns = np.concatenate([*(part for part, _ in parts), np.zeros((len(COLUMNS), 0), np.int32)], axis=1)
     order = np.lexsort([columns[COLUMNS.index(c)] for c in ("part", "record", "image", "task")])
-    return np.ascontiguousarray(columns[:, order])
+    return np.ascontiguousarray(columns[:, order]), unread
 
 
 def _end_on_sigterm() -> None:
@@ -141,7 +174,7 @@ def _fingerprint(shards: ShardSet, tokenizer: PieceTokenizer, spec: EncodeSpec) 
     return hashlib.sha256(repr(key).encode()).hexdigest()[:20]
 
 
-def _lengths_job(job: tuple[ShardSet, str, EncodeSpec, int, int]) -> np.ndarray:
+def _lengths_job(job: tuple[ShardSet, str, EncodeSpec, int, int]) -> tuple[np.ndarray, list[tuple[str, str]]]:
     shards, tokenizer_path, spec, start, end = job
     return _image_lengths(shards, _tokenizer(tokenizer_path), spec, start, end)
 
@@ -152,11 +185,15 @@ def _tokenizer(path: str) -> PieceTokenizer:
     return load_tokenizer(path)
 
 
-def _image_lengths(shards: ShardSet, tokenizer: PieceTokenizer, spec: EncodeSpec, start: int, end: int) -> np.ndarray:
+def _image_lengths(
+    shards: ShardSet, tokenizer: PieceTokenizer, spec: EncodeSpec, start: int, end: int
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
     lines: list[tuple[int, ...]] = []
+    unread: list[tuple[str, str]] = []
     for i in range(start, end):
-        image, found = read_image_samples(shards, i)
+        image, found = readable_samples(shards, i, unread)
         for record, part, sample in found:
+            assert image is not None
             rendered = rendered_group(Group(sample.task, (image,), (sample,)), tokenizer, spec)
             prefix, (length,) = group_lengths(rendered, tokenizer, spec)
             blind = int(bool(sample.candidates) and sample.label is None)
@@ -164,7 +201,7 @@ def _image_lengths(shards: ShardSet, tokenizer: PieceTokenizer, spec: EncodeSpec
             alone = int(listed or spec.encoder_decoder)
             asked = _hash(instruction(rendered.samples[0], tokenizer, spec))
             lines.append((i, record, part, TASKS.index(sample.task), prefix, *length, blind, alone, asked))
-    return np.asarray(lines, np.int32).reshape(-1, len(COLUMNS)).T
+    return np.asarray(lines, np.int32).reshape(-1, len(COLUMNS)).T, unread
 
 
 def _hash(ids: tuple[int, ...]) -> int:

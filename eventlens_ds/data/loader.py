@@ -84,6 +84,7 @@ class RunData:
             cache = Path(folder) / split / "lengths"
             table = sample_table(shards, tokenizer_path, spec, cache=cache, workers=workers or _cores())
             groups = group_index(table, tasks=self.tasks, max_tokens=budget, max_image=limit, with_blind=with_blind)
+            self._check_unread(folder, table)
             if "lcl" in self.tasks and not with_blind and holds_episodes(shards):
                 drawn.append((folder, shards))
             elif not len(groups):
@@ -127,6 +128,29 @@ class RunData:
         lengths = np.asarray(made.table("").lengths_in(0), np.int32)
         groups = GroupIndex(first, first + 1, lengths, np.full(made.size, task, np.int32))
         self._add(folder, shards, SampleTable(columns, made.fingerprint), groups, made)
+
+    def _check_unread(self, folder: str, table: SampleTable) -> None:
+        """Records that cannot be read are not planned, within the budget of errors."""
+        budget = max(1.0, self.config.error_budget * (len(table) + len(table.unread)))
+        if len(table.unread) > budget:
+            name, reason = table.unread[0]
+            raise DataError(
+                f"{folder}/{self.split}: {len(table.unread)} records cannot be read, more than data.error_budget "
+                f"{self.config.error_budget}; the first: {reason}"
+            )
+
+    def unread(self) -> list[tuple[str, str]]:
+        """(member, reason) of records that were not planned because they cannot be read."""
+        return [entry for table in self.tables for entry in table.unread]
+
+    def names(self, table: int, group: int) -> list[str]:
+        """Ids of the samples of a group; for those that cannot be read, names of the members that hold them."""
+        found, lost = self._read_group(table, group)
+        return [*(sample.id for sample in (found.samples if found else ())), *(name for name, _ in lost)]
+
+    def readable(self, members: Sequence[tuple[int, int]]) -> list[Group]:
+        """The groups of a row as they are in its Batch: with the samples that can be read."""
+        return [group for group, _ in (self._read_group(*member) for member in members) if group]
 
     def group_tables(self) -> list[GroupTable]:
         """What the plan needs to know."""
@@ -194,20 +218,38 @@ class RunData:
 
     def group(self, table: int, group: int) -> Group:
         """Read a group: its image, whose regions come without polygons, and its samples; or draw an episode, whose
-        number counts on over epochs."""
+        number counts on over epochs. DataError: damaged."""
+        found, lost = self._read_group(table, group)
+        if lost or found is None:
+            raise DataError(lost[0][1])
+        return found
+
+    def _read_group(self, table: int, group: int) -> tuple[Group | None, list[tuple[str, str]]]:
+        """A group with those of its samples that can be read (None: with none), and (name, reason) of the others."""
         if (episodes := self.episodes[table]) is not None:
-            return episodes.group(group)
+            try:
+                return episodes.group(group), []
+            except DataError as error:
+                return None, [(f"episode {group}", str(error))]
         lines, index, shards = self.tables[table], self.groups[table], self.shards[table]
         span = range(int(index.first[group]), int(index.last[group]))
-        image = shards.image(int(lines["image"][span[0]]), outlines=False)
+        places = [(int(lines["record"][line]), int(lines["part"][line])) for line in span]
+        try:
+            image = shards.image(int(lines["image"][span[0]]), outlines=False)
+        except DataError as error:
+            return None, [(f"{shards.record_name(record)}/{part}", str(error)) for record, part in places]
         expanded: dict[int, tuple] = {}
-        samples = []
-        for line in span:
-            record = int(lines["record"][line])
-            if record not in expanded:
-                expanded[record] = sources.samples(shards.record(record), image)
-            samples.append(expanded[record][int(lines["part"][line])])
-        return Group(TASKS[int(lines["task"][span[0]])], (image,), tuple(samples))
+        samples, lost = [], []
+        for record, part in places:
+            try:
+                if record not in expanded:
+                    expanded[record] = sources.samples(shards.record(record), image)
+                samples.append(expanded[record][part])
+            except DataError as error:
+                lost.append((f"{shards.record_name(record)}/{part}", str(error)))
+        if not samples:
+            return None, lost
+        return Group(TASKS[int(lines["task"][span[0]])], (image,), tuple(samples)), lost
 
     def batch(self, members: Sequence[tuple[int, int]], seed: int) -> Batch:
         """Encode the groups of a row. No members gives the missing row."""
@@ -216,19 +258,26 @@ class RunData:
     def raw_batch(self, members: Sequence[tuple[int, int]], seed: int) -> Batch:
         """The row before `finish`: its pixel_values are uint8."""
         encoded, keys = [], []
+        lost: list[tuple[str, str]] = []
         for table, number in members:
-            group = self.group(table, number)
+            # What cannot be read is left out; other samples of the row do not suffer, nor does the order of rows.
+            group, unread = self._read_group(table, number)
+            lost += unread
+            if group is None:
+                continue
             group = self.tag_noise(group, seed) if self.tag_noise else group
             made = self.encode(group, table, number, raw=True)
             made.pixel_values = [self._as_bytes(pixels) for pixels in made.pixel_values]
             episodes = self.episodes[table]
             planned = int(self.groups[table].lengths[number]) if episodes is None else episodes.length(number)
-            if made.num_tokens != planned:
+            if made.num_tokens != planned and not unread:
                 raise ValueError(f"group of {made.sample_ids[0]}: {made.num_tokens} tokens, planned {planned}")
             encoded.append(made)
             keys += [image.key for image in group.images]
         batch = self.collate(encoded, seed)
         batch.image_keys = keys
+        batch.skipped = [*batch.skipped, *lost]
+        batch.sample_ids = [*batch.sample_ids, *(name for name, _ in lost)]
         return batch
 
     def finish(self, batch: Batch) -> Batch:

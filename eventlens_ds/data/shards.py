@@ -294,10 +294,14 @@ class ShardSet:
 
     def record(self, record: int) -> Record:
         """A canonical record as a new dict."""
-        image = self.image_of(record)
-        name = f"{self.key(image)}.r{record - self.records_of(image).start:04d}.json"
+        image, name = self.image_of(record), self.record_name(record)
         where, payload = self._read(image, name, *self._place("record", record))
         return parse_json(payload, where)
+
+    def record_name(self, record: int) -> str:
+        """Name of the member that holds a record."""
+        image = self.image_of(record)
+        return f"{self.key(image)}.r{record - self.records_of(image).start:04d}.json"
 
     def image_of(self, record: int) -> int:
         """The image a record points to."""

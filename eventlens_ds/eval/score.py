@@ -139,7 +139,7 @@ def score_split(forward: Forward, data: RunData, ranks: Ranks, control: Control 
             batch = apply_control(turn.batch, control)
             moved = batch.to(ranks.device)
             scores = leaf_scores(forward(moved, turn.vision_calls), moved).float().cpu()
-            groups = [data.group(*member) for member in turn.members]
+            groups = data.readable(turn.members)
             made = prediction_rows(batch, scores, groups, turn.place, data.spec.style)
             if control == "permute_regions":
                 changed = permutable(turn.batch)

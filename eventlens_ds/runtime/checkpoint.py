@@ -10,115 +10,32 @@ save_checkpoint, and unpickles nothing but tensors, plain data and three named c
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
 import os
-import pickle
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import deepspeed
 import safetensors.torch
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from safetensors import safe_open
 
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.runtime import commit, rng
 from eventlens_ds.runtime.commit import HashingFile, atomic_write, pointer, resolve, verify
 from eventlens_ds.runtime.distributed import broadcast_object, gather_objects, rank_and_size
+from eventlens_ds.runtime.lease import Lease
+from eventlens_ds.runtime.reshard import Shards
+from eventlens_ds.runtime.shard_files import TAG, Files, in_charge, weights_only
 
 __all__ = ["atomic_write", "load", "pointer", "resolve", "save", "save_frozen", "verify", "weights"]
 
 log = logging.getLogger(__name__)
-
-_TAG = "state"
-"""Sub-folder of DeepSpeed's own files."""
-
-
-def _allowed() -> list[Any]:
-    """The only classes DeepSpeed's files need beside tensors and plain data.
-
-    Its optimizer shards hold them: the first two in every stage, fragment_address in stages 1 and 2.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [ZeroStageEnum, LossScaler, fragment_address]
-
-
-@contextlib.contextmanager
-def _weights_only(path: Path) -> Iterator[None]:
-    """torch.load refuses everything but tensors, plain data and `_allowed`, whatever its caller passes (P11)."""
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals(_allowed()):
-            yield
-    except pickle.UnpicklingError as error:
-        cause = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
-        raise DataError(f"{path}: refused, it holds more than tensors and plain data: {cause}") from None
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
-
-
-class _Files(CheckpointEngine):
-    """Stands in for DeepSpeed's checkpoint engine: writes below `root`, keeps {name: size, sha256} and errors."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__()
-        self.root = root
-        self.written: dict[str, dict[str, Any]] = {}
-        self.errors: list[str] = []
-
-    def create(self, info: CheckpointCommitInfo) -> None:
-        """DeepSpeed announces a checkpoint; nothing to prepare."""
-
-    def commit(self, info: CheckpointCommitInfo) -> bool:
-        return True
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        try:
-            os.makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self.errors.append(str(error))
-
-    def save(self, state_dict: Any, path: str) -> None:
-        file = HashingFile(Path(path))
-        torch.save(state_dict, cast(IO[bytes], file))
-        file.close()
-        self.note(str(Path(path).relative_to(self.root)), file)
-
-    def note(self, name: str, file: HashingFile) -> None:
-        self.written[name] = {"size": file.size, "sha256": file.sha256, "rank": rank_and_size()[0]}
-        if file.error is not None:
-            self.errors.append(str(file.error))
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        try:
-            return torch.load(path, map_location=map_location, weights_only=True)
-        except (RuntimeError, EOFError, OSError) as error:
-            raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
-
-
-@contextlib.contextmanager
-def _in_charge(engine: Any, root: Path) -> Iterator[_Files]:
-    """Let the engine read and write through `_Files`, and keep it from copying a script beside the shards."""
-    files, before = _Files(root), engine.checkpoint_engine
-    engine.checkpoint_engine = files
-    engine._copy_recovery_script = lambda path: None
-    try:
-        yield files
-    finally:
-        engine.checkpoint_engine = before
-        del engine._copy_recovery_script
 
 
 def parameters(engine: Any) -> list[list[Any]]:
@@ -200,7 +117,7 @@ def _open_attempt(run_dir: Path, step: int) -> tuple[Path, str]:
     if rank_and_size()[0] == 0:
         try:
             commit.clean_stale(run_dir)
-            (temporary / _TAG).mkdir(parents=True)
+            (temporary / TAG).mkdir(parents=True)
         except OSError as error:
             problem = str(error)
     return temporary, broadcast_object(problem)
@@ -209,15 +126,15 @@ def _open_attempt(run_dir: Path, step: int) -> tuple[Path, str]:
 def _write_shards(engine: Any, temporary: Path) -> tuple[dict[str, Any], list[str]]:
     """Every rank's files, written through to the disk: (all files by name, problems by rank). A collective."""
     rank = rank_and_size()[0]
-    with _in_charge(engine, temporary) as files:
-        engine.save_checkpoint(str(temporary), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+    with in_charge(engine, temporary) as files:
+        engine.save_checkpoint(str(temporary), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
     name = f"rng-rank{rank}.safetensors"
     file = HashingFile(temporary / name)
     file.write(safetensors.torch.save(rng.capture()))
     file.close()
     files.note(name, file)
     try:
-        commit.sync_dir(temporary / _TAG)
+        commit.sync_dir(temporary / TAG)
     except OSError as error:
         files.errors.append(str(error))
     written: dict[str, Any] = {}
@@ -228,16 +145,23 @@ def _write_shards(engine: Any, temporary: Path) -> tuple[dict[str, Any], list[st
     return written, problems
 
 
-def _conclude(run_dir: Path, temporary: Path, manifest: dict[str, Any], problems: list[str], best: bool) -> str | None:
-    """Rank 0's part of a save: publish and point, or discard and log; the committed name or None."""
+def _conclude(
+    run_dir: Path, temporary: Path, manifest: dict[str, Any], problems: list[str], best: bool, lease: Lease | None
+) -> str | None:
+    """Rank 0's part of a save: publish and point, or discard and log; the committed name or None. LeaseError: the run
+    is another job's by now, and so are its folders."""
     if not problems:
         try:
+            if lease:
+                lease.check()
             final = commit.publish(temporary, manifest)
             for label in (commit.LATEST, commit.BEST) if best else (commit.LATEST,):
                 commit.point(run_dir, label, final)
             return final.name
         except OSError as error:
             problems = [f"rank 0: {error}"]
+    if lease:
+        lease.check()
     commit.discard(temporary)
     log.error("checkpoint of step %d NOT written, training goes on: %s", manifest["step"], "; ".join(problems))
     return None
@@ -253,12 +177,15 @@ def save(
     frozen_saved_in: str | None = None,
     keep: int = 2,
     best: bool = False,
+    identity: dict[str, Any] | None = None,
+    lease: Lease | None = None,
 ) -> Path | None:
     """Commit checkpoints/step-N, or leave no trace of it: the path, or None on every rank when storage failed.
 
     state: JSON-able (cursor, config hash, best metric, counters). base: sha256 of the published weight files.
     frozen_saved_in: what `save_frozen` returned. Trained tensors and optimizer state are written each time, frozen
-    ones never. keep: checkpoints to retain beside BEST. A collective.
+    ones never. keep: checkpoints to retain beside BEST. identity: JSON-able, what the run is to be continued with.
+    lease: of rank 0; LeaseError on that rank when it is lost. A collective.
     """
     rank, size = rank_and_size()
     if engine.zero_nvme_offload_optimizer():
@@ -267,6 +194,7 @@ def save(
         "format": commit.FORMAT,
         "step": step,
         "state": json.loads(json.dumps(state)),
+        "identity": identity,
         "base": base,
         "frozen": _frozen_entry(run_dir, frozen_saved_in),
         "world_size": size,
@@ -275,13 +203,15 @@ def save(
         "layout": _layout(engine),
     }
     _assert_complete(engine, run_dir, base, frozen_saved_in)
+    if lease:
+        lease.check()
     temporary, problem = _open_attempt(run_dir, step)
     problems = [f"rank 0: {problem}"] if problem else []
     if not problems:
         manifest["files"], problems = _write_shards(engine, temporary)
     name = None
     if rank == 0:
-        name = _conclude(run_dir, temporary, manifest, problems, best)
+        name = _conclude(run_dir, temporary, manifest, problems, best, lease)
     name = broadcast_object(name)
     if name is None:
         return None
@@ -305,9 +235,9 @@ def _refuse_other_model(path: Path, manifest: dict[str, Any], engine: Any) -> No
     extra = [name for name in saved if name not in ours]
     if extra:
         raise DataError(f"{path}: another model, its parameter {extra[0]} does not exist here")
-    for key, here in (("zero_stage", int(engine.zero_optimization_stage())), ("world_size", rank_and_size()[1])):
-        if manifest[key] != here:
-            raise DataError(f"{path}: saved with {key} {manifest[key]}, this run has {here}")
+    here = int(engine.zero_optimization_stage())
+    if manifest["zero_stage"] != here:
+        raise DataError(f"{path}: saved with zero_stage {manifest['zero_stage']}, this run has {here}")
     if manifest["layout"] != _layout(engine):
         raise DataError(f"{path}: the optimizer's parameter groups are in another order than here")
 
@@ -327,8 +257,9 @@ def load(engine: Any, path: Path, *, base: dict[str, str] | None = None) -> dict
 
     Bytes that `resolve` has hashed are not hashed again. base: sha256 of the published
     weight files in use now, compared with those of the save. DataError before anything is changed: damaged files,
-    another model, base, ZeRO stage or world size; after it: a file changed while it was read. The frozen tensors of
-    the run are restored too.
+    another model, base or ZeRO stage; after it: a file changed while it was read. The frozen tensors of the run are
+    restored too. The number of ranks may differ: the shards are cut anew (runtime/reshard.py), and generators stay as
+    they are, since what is drawn in training is keyed by step and row.
     """
     before = commit.stamps(path)
     problems = commit.verify_together(path)
@@ -338,19 +269,24 @@ def load(engine: Any, path: Path, *, base: dict[str, str] | None = None) -> dict
     _refuse_other_model(path, manifest, engine)
     if base is not None and base != manifest["base"]:
         names = sorted(set(base) | set(manifest["base"]))
-        changed = next(name for name in names if base.get(name) != manifest["base"].get(name))
-        raise DataError(f"{path}: trained on other base weights, {changed} is not the same file")
-    with _in_charge(engine, path), _weights_only(path):
+        changed = [name for name in names if base.get(name) != manifest["base"].get(name)]
+        raise DataError(f"{path}: trained on other base weights, {', '.join(changed)} is not the same file")
+    rank, size = rank_and_size()
+    others = manifest if size != manifest["world_size"] else None
+    with in_charge(engine, path, others), weights_only(path):
         # Not strict: frozen parameters are not in the shards; names and shapes were compared above.
-        loaded, _ = engine.load_checkpoint(str(path), tag=_TAG, load_module_strict=False)
+        loaded, _ = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=False)
     if loaded is None:
         raise DataError(f"{path}: DeepSpeed found nothing to load in it")
     if manifest["frozen"]:
         _load_frozen(engine, path.parent.parent / manifest["frozen"]["path"])
-    rng.restore(safetensors.torch.load_file(path / f"rng-rank{rank_and_size()[0]}.safetensors"))
-    changed = next(filter(None, gather_objects(commit.changed(path, before))), "")
-    if changed:
-        raise DataError(f"{path}: {changed} changed while it was read")
+    if others is None:
+        rng.restore(safetensors.torch.load_file(path / f"rng-rank{rank}.safetensors"))
+    elif rank == 0:
+        log.info("%s: cut anew from %d ranks to %d", path, manifest["world_size"], size)
+    touched = next(filter(None, gather_objects(commit.changed(path, before))), "")
+    if touched:
+        raise DataError(f"{path}: {touched} changed while it was read")
     return manifest["state"]
 
 
@@ -380,11 +316,24 @@ def _tensors(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, torch.
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         quiet = io.StringIO()
-        with _weights_only(path), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            tensors = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_TAG, lazy_mode=True)
+        with weights_only(path), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            tensors = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG, lazy_mode=True)
     else:
-        with _weights_only(path):
-            tensors = _Files(path).load(str(path / _TAG / "mp_rank_00_model_states.pt"), "cpu")["module"]
+        with weights_only(path):
+            tensors = Files(path).read(path / TAG / "mp_rank_00_model_states.pt", "cpu")["module"]
     for name, tensor in tensors.items():
         whole = tensor.contiguous().detach()
         yield name, whole.float() if whole.is_floating_point() else whole
+
+
+def digests(path: Path) -> dict[str, str]:
+    """sha256 of every trained tensor and of each of its moments, by "name fp32", "name exp_avg"; of buffers and frozen
+    tensors by name. The same for every number of ranks. Needs no process group. DataError: damaged."""
+    found = {name: hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest() for name, tensor in weights(path)}
+    manifest = commit.read_manifest(path)
+    if manifest["zero_stage"]:
+        with weights_only(path):
+            shards = Shards(path, manifest, lambda file: Files(path).read(file, "cpu", mmap=True))
+            for name, key, tensor in shards.tensors():
+                found[f"{name} {key}"] = hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()
+    return found

@@ -101,6 +101,11 @@ class Recorder:
         """Name of the module in progress, with " (backward)" after it when its gradient is being computed."""
         return self._stack[-1] if self._stack else self._backward
 
+    @property
+    def digest(self) -> str:
+        """Hash of all calls and collectives since the last check; equal on every rank that did the same."""
+        return self._hash.hexdigest()
+
     def install(self) -> None:
         """Hook the model and wrap DeepSpeed's communication backend, which must exist by now."""
         from deepspeed import comm

@@ -32,6 +32,8 @@ BEST = "BEST"
 
 _NAME = re.compile(r"step-(\d{1,12})(?:-(\d{1,6}))?")
 _BLOCK = 1 << 22
+_DOOMED = ".tmp-old-"
+"""Beginning of the name of a folder that is being emptied."""
 
 
 class HashingFile:
@@ -337,6 +339,8 @@ def publish(temporary: Path, manifest: dict[str, Any]) -> Path:
         final = folder / f"step-{manifest['step']}-{attempt}"
     os.rename(temporary, final)
     sync_dir(folder)
+    # The first checkpoint of a run made the folder itself, whose name is not durable either.
+    sync_dir(folder.parent)
     return final
 
 
@@ -349,20 +353,23 @@ def point(run_dir: Path, name: str, target: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder so that a kill half way leaves nothing that looks committed."""
+    """Remove a folder so that a kill half way leaves nothing that looks committed, and that a job which is about to
+    rename it finds it gone or is first: it is taken away by one rename, then emptied."""
     doomed = path
-    if not path.name.startswith("."):
-        doomed = path.with_name(f".tmp-old-{path.name}-{secrets.token_hex(4)}")
+    if not path.name.startswith(_DOOMED):
+        doomed = path.with_name(f"{_DOOMED}{path.name.lstrip('.')}-{secrets.token_hex(4)}")
         try:
             os.rename(path, doomed)
         except OSError as error:
-            log.error("%s could not be removed: %s", path, error)
-            return
+            log.error("%s could not be taken away: %s", path, error)
+            if not path.name.startswith("."):
+                return
+            doomed = path
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clean_stale(run_dir: Path) -> None:
-    """Remove the .tmp-* folders of attempts that died. The caller holds the run, so no other attempt is alive."""
+    """Remove the .tmp-* folders of attempts that died, or that lost the run to the caller, who holds it."""
     for entry in (run_dir / FOLDER).glob(".tmp-*"):
         log.warning("removing %s, left by an attempt that did not finish", entry)
         discard(entry)

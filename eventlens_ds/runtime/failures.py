@@ -25,7 +25,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from eventlens_ds.errors import UserError
-from eventlens_ds.runtime import distributed
+from eventlens_ds.runtime import distributed, heartbeat
 from eventlens_ds.runtime.distributed import World
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -63,8 +63,13 @@ class Terminated(SystemExit):
         self.reason = f"ended by {name} before the first step"
 
 
+def lost_contact(error: BaseException) -> bool:
+    """True for an error of a collective that says no more than that a peer has gone."""
+    return isinstance(error, RuntimeError) and bool(_LOST_CONTACT.search(exit_of(error)[1]))
+
+
 def exit_of(error: BaseException) -> tuple[int, str]:
-    """(exit code, one line) of an exception; the code of a crash is 1, as Python's own."""
+    """(exit code, one line) of an exception; the code of a crash is 1, as Python's own, and its line says where."""
     if isinstance(error, UserError):
         return error.code, str(error)
     if isinstance(error, FailedElsewhere | Terminated):
@@ -74,8 +79,10 @@ def exit_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in STORAGE:
         return UserError.code, f"{error.filename or 'storage'}: {error.strerror}"
     text = str(error).strip().splitlines()
-    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    return code, f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    # A rank that leaves with 0 before the run has ended has not succeeded.
+    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code else 1
+    where = f" (in {heartbeat.place(heartbeat.here.to_json())})" if heartbeat.here.phase in heartbeat.AT_WORK else ""
+    return code, (f"{type(error).__name__}: {text[0]}" if text else type(error).__name__) + where
 
 
 @contextlib.contextmanager
@@ -162,7 +169,7 @@ def _tell(error: BaseException, world: World, ear: _Ear) -> FailedElsewhere | No
     first = ear.heard or first
     if isinstance(error, FailedElsewhere):
         return error
-    if first is not None and first[0] != world.rank and isinstance(error, RuntimeError) and _LOST_CONTACT.search(text):
+    if first is not None and first[0] != world.rank and lost_contact(error):
         return FailedElsewhere(first[1], first[2] if first[2].startswith("rank ") else f"rank {first[0]}: {first[2]}")
     if text in others:
         return FailedElsewhere(code, text) if world.rank else None

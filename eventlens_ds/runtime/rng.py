@@ -13,6 +13,12 @@ import numpy as np
 import torch
 
 
+def seed(number: int) -> None:
+    """Start Python's and numpy's generators from a number. torch's are seeded where they are used, by row."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+
+
 def capture() -> dict[str, torch.Tensor]:
     """State of all generators of this process."""
     version, words, gauss = random.getstate()

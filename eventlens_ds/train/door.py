@@ -100,19 +100,34 @@ def run(args: argparse.Namespace, settings: Sequence[str], command: Sequence[str
     return training.main(config, dry_run=args.dry_run) or 0
 
 
-def launch(ranks: int, args: argparse.Namespace, settings: Sequence[str], command: Sequence[str]) -> int:
-    """`eventlens train --ranks N`: open an attempt, start the ranks, see to it that outcome.json says how it ended.
+def launch(
+    ranks: int,
+    args: argparse.Namespace,
+    settings: Sequence[str],
+    command: Sequence[str],
+    module: str = "eventlens_ds.train",
+) -> int:
+    """`eventlens train --ranks N`: hold the run folder, open an attempt, start the ranks, see to it that outcome.json
+    says how it ended.
 
-    What can be refused without the ranks is refused here, once.
+    What can be refused without the ranks is refused here, once. module: what every rank runs.
     """
+    from eventlens_ds.runtime import lease
     from eventlens_ds.runtime.local_ranks import run_ranks
     from eventlens_ds.train import outcome
 
-    run_dir = Path(configure(args, settings).io.run)
-    attempt = outcome.begin(run_dir)
-    told = {outcome.ATTEMPT: str(attempt), outcome.LAUNCHED: outcome.launched()}
-    ended = run_ranks(ranks, without_ranks(command), env=told)
-    outcome.conclude(run_dir, attempt, ended)
+    config = configure(args, settings)
+    run_dir = Path(config.io.run)
+    held = lease.acquire(run_dir, config.io.lease_seconds)
+    try:
+        attempt = outcome.begin(run_dir)
+        told = {outcome.ATTEMPT: str(attempt), outcome.LAUNCHED: outcome.launched()}
+        told[lease.VARIABLE] = str(held.generation)
+        ended = run_ranks(ranks, without_ranks(command), module, env=told)
+        if held.held():
+            outcome.conclude(run_dir, attempt, ended)
+    finally:
+        held.release()
     return ended.code
 
 

@@ -45,6 +45,8 @@ class Trainable:
     stage: list[PartLine]
     base: dict[str, str] = field(default_factory=dict)
     own: set[str] = field(default_factory=set)
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What a checkpoint of this run is only to be continued with (train/identity.py)."""
 
     @property
     def frozen_own(self) -> list[str]:

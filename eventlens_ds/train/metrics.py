@@ -58,6 +58,7 @@ class StepMetrics:
     `step_time` spent waiting for the loader, largest over ranks. `mfu` is None where `mfu()` gives a reason.
     `routing` is a `train.routing.Routing` as a dict, None for a model without adapters;
     `load_balance` the loss of a token router before its weight, None where the objective has none.
+    `refused` says why the optimizer did not move in this step, None when it did.
     """
 
     step: int
@@ -76,6 +77,7 @@ class StepMetrics:
     sample_hash: str
     routing: dict[str, Any] | None = None
     load_balance: float | None = None
+    refused: str | None = None
 
     def to_json(self) -> str:
         """One JSON line. NaN and infinities, which JSON lacks, become null and are named under "nonfinite"."""

@@ -15,13 +15,16 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eventlens_ds.errors import UserError
+from eventlens_ds.runtime import heartbeat, lease
 from eventlens_ds.runtime.commit import atomic_write
 from eventlens_ds.runtime.distributed import rendezvous
 from eventlens_ds.runtime.failures import exit_of
+from eventlens_ds.runtime.lease import Lease
 from eventlens_ds.runtime.local_ranks import Ended
 from eventlens_ds.train.preempt import EarlyStop
 
@@ -99,29 +102,56 @@ def conclude(run_dir: Path, attempt: int, ended: Ended) -> None:
 class Attempt:
     """One attempt at a run, on every rank: `with Attempt(run_dir) as attempt: ...`.
 
-    Rank 0 writes; another rank does only when it fails while rank 0 has said nothing. Leaving with an exception writes
-    "failed" and its reason. Until a `StopFlag` takes SIGTERM over, that signal ends the attempt with exit code 143.
+    Rank 0 holds the lease of the run folder (or knows the one its launcher holds) and writes; another rank writes only
+    when it fails while rank 0 has said nothing, and once it knows the `number` of the attempt. What hinders rank 0 from
+    opening the attempt is kept in `problem`, to be raised when all ranks are together; the folder then stays as it is.
+    Leaving with an exception writes "failed" and its reason. Until a `StopFlag` takes SIGTERM over, that signal ends
+    the attempt with exit code 143.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, lease_seconds: float = 30.0, signals: Sequence[str] = ("SIGUSR1",)) -> None:
+        self.run_dir, self.lease_seconds = run_dir, lease_seconds
         self.lead = rendezvous(dict(os.environ))["RANK"] == "0"
-        self._stop = EarlyStop(self._failed)
+        self.problem: UserError | None = None
+        self.lease: Lease | None = None
+        opened = os.environ.get(ATTEMPT)
+        self.number = int(opened) if opened else None
+        self.stop = EarlyStop(self._failed, signals)
 
     def __enter__(self) -> Attempt:
-        opened = os.environ.get(ATTEMPT)
-        if self.lead and (opened is None or str(read(self.run_dir).get("attempt")) != opened):
-            begin(self.run_dir)
-        self._stop.__enter__()
+        if self.lead:
+            try:
+                self._open()
+            except UserError as error:
+                self.problem = error
+        self.stop.__enter__()
         return self
 
+    def _open(self) -> None:
+        held = os.environ.get(lease.VARIABLE)
+        if held:
+            self.lease = Lease(self.run_dir, int(held))
+            self.lease.check()
+        else:
+            self.lease = lease.acquire(self.run_dir, self.lease_seconds)
+        if self.number is None or read(self.run_dir).get("attempt") != self.number:
+            self.number = begin(self.run_dir)
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._stop.__exit__()
+        self.stop.__exit__()
         if error is not None:
             self._failed(error)
+        if self.lease is not None:
+            self.lease.release()
+        heartbeat.here.reset()
 
     def _failed(self, error: BaseException) -> None:
-        fail(self.run_dir, *exit_of(error))
+        self.fail(*exit_of(error))
+
+    def fail(self, code: int, reason: str) -> None:
+        """Write "failed", unless this attempt has ended or the run is another job's."""
+        if self.number is not None and (self.lease is None or self.lease.held()):
+            fail(self.run_dir, code, reason, self.number)
 
     def first_step(self) -> None:
         """Note how long the first optimizer step took to come; rank 0 calls it."""
@@ -133,7 +163,9 @@ class Attempt:
             log.error("%s: cannot be written: %s", self.run_dir / FILE, error.strerror)
 
     def end(self, state: str, code: int, step: int, reason: str = "") -> None:
-        """Write how the attempt ended; rank 0 calls it."""
+        """Write how the attempt ended; rank 0 calls it. LeaseError when the run is another job's by now."""
+        if self.lease is not None:
+            self.lease.check()
         _write(self.run_dir, {**read(self.run_dir), "state": state, "reason": reason, "code": code, "step": step})
 
 

@@ -1,7 +1,8 @@
 """What SIGTERM does: before training it ends the attempt, during training it asks for a planned stop.
 
-In: signals to any rank. Out: `EarlyStop` raises Terminated (exit code 143); `StopFlag`, for SIGTERM and SIGUSR1, is a
-flag that the loop sends along with the sums of every step, so a signal to one rank stops all of them at the same step,
+In: signals to any rank. Out: `EarlyStop` raises Terminated (exit code 143) for SIGTERM and notes the other signals;
+`StopFlag`, for `train.stop_signals`, is a flag that the loop sends along with the sums of every step and that is asked
+for between the parts of the start and of an evaluation, so a signal to one rank stops all of them at the same place,
 with a checkpoint and exit code 75.
 Decision: handlers do next to nothing. A rank that waits for the others inside a C call runs no handler at all, so a
 thread that the signal wakes ends it there.
@@ -12,24 +13,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 from eventlens_ds.runtime.failures import Terminated
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
 
 class StopFlag:
-    """Context manager that installs the handlers and puts the former ones back."""
+    """Context manager that installs the handlers and puts the former ones back. `raised` may be set from the start, by
+    a signal that came earlier."""
 
-    def __init__(self) -> None:
-        self.raised = False
+    def __init__(self, signals: Sequence[str] = ("SIGTERM", "SIGUSR1"), raised: bool = False) -> None:
+        self.raised = raised
+        self._signals = [signal.Signals[name] for name in signals]
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopFlag:
-        for number in _SIGNALS:
+        for number in self._signals:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -49,12 +50,16 @@ class EarlyStop:
     """SIGTERM raises Terminated, wherever no StopFlag has taken it over. Outside the main thread nothing is done.
 
     last_words: called with the error where the main thread does not come to raise it within GRACE seconds; the process
-    then ends with its exit code.
+    then ends with its exit code. noted: True once one of the other signals came: nothing is lost by going on until all
+    ranks can agree to stop, and the default action of SIGUSR1 would be death.
     """
 
     GRACE = 3.0
 
-    def __init__(self, last_words: Callable[[Terminated], None]) -> None:
+    def __init__(self, last_words: Callable[[Terminated], None], signals: Sequence[str] = ("SIGUSR1",)) -> None:
+        self.noted = False
+        self._others = [signal.Signals[name] for name in signals if name != "SIGTERM"]
+        self._others_before: dict[signal.Signals, Any] = {}
         self._last_words = last_words
         self._left = threading.Event()
         self._before: Any = None
@@ -66,6 +71,7 @@ class EarlyStop:
             os.set_blocking(self._wake, False)
             signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
             self._before = signal.signal(signal.SIGTERM, _terminate)
+            self._others_before = {number: signal.signal(number, self._note) for number in self._others}
             threading.Thread(target=self._watch, args=(read,), daemon=True).start()
         return self
 
@@ -73,8 +79,13 @@ class EarlyStop:
         self._left.set()
         if self._wake >= 0:
             signal.signal(signal.SIGTERM, self._before)
+            for number, handler in self._others_before.items():
+                signal.signal(number, handler)
             signal.set_wakeup_fd(-1)
             os.close(self._wake)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.noted = True
 
     def _watch(self, read: int) -> None:
         with open(read, "rb", buffering=0) as woken:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from eventlens_ds.data.records import TASKS
 from eventlens_ds.data.tag_counts import require_tags
 from eventlens_ds.data.tokenizer import PieceTokenizer
 from eventlens_ds.errors import DataError, UserError
+from eventlens_ds.runtime import commit
 
 log = logging.getLogger(__name__)
 
@@ -44,18 +46,39 @@ def main(config: RunConfig, dry_run: bool = False) -> int:
 
         sys.stdout.write(dry_text(config, describe(config, dry=True)[0]))
         return 0
+    from eventlens_ds.runtime import heartbeat
     from eventlens_ds.runtime.failures import process_group
     from eventlens_ds.train.outcome import Attempt
 
-    with Attempt(Path(config.io.run)) as attempt:
-        prepared, problem = None, None
-        try:
-            prepared = _prepare(config)
-        except (UserError, OSError) as error:
-            problem = error
-        with process_group(config.train.threads, config.train.timeout_minutes, problem) as world:
-            assert prepared is not None
-            return _run(config, prepared, world, attempt)
+    run_dir = Path(config.io.run)
+    with Attempt(run_dir, config.io.lease_seconds, config.train.stop_signals) as attempt:
+        prepared: _Prepared | None = None
+        problem: Exception | None = attempt.problem
+        with _watchdog(config, attempt) as dog:
+            heartbeat.mark(heartbeat.START)
+            try:
+                prepared = _prepare(config) if problem is None else None
+            except (UserError, OSError) as error:
+                problem = error
+            with process_group(config.train.threads, config.train.timeout_minutes, problem) as world:
+                assert prepared is not None
+                try:
+                    return _run(config, prepared, world, attempt)
+                except RuntimeError as error:
+                    raise dog.translate(error) from error
+
+
+def _watchdog(config: RunConfig, attempt: Any) -> Any:
+    """The watchdog of this rank; none in a folder that is another job's."""
+    from eventlens_ds.runtime import heartbeat
+    from eventlens_ds.runtime.distributed import rendezvous
+    from eventlens_ds.runtime.watchdog import Watchdog
+
+    place = rendezvous(dict(os.environ))
+    session = heartbeat.session({**os.environ, **place})
+    rank, size = int(place["RANK"]), int(place["WORLD_SIZE"])
+    seconds = 0.0 if attempt.problem else config.train.watchdog_seconds
+    return Watchdog(Path(config.io.run), session, rank, size, seconds, attempt.fail)
 
 
 class _Prepared(NamedTuple):
@@ -102,8 +125,8 @@ def tasks_of(data: RunData) -> list[str]:
 
 
 def _run(config: RunConfig, prepared: _Prepared, world: Any, attempt: Any) -> int:
-    from eventlens_ds.runtime import checkpoint
-    from eventlens_ds.runtime.distributed import agree
+    from eventlens_ds.runtime import checkpoint, rng
+    from eventlens_ds.runtime.distributed import agree, all_agree, broadcast_object
     from eventlens_ds.runtime.local_ranks import PREEMPTED
     from eventlens_ds.train.engine import build
     from eventlens_ds.train.flops import StepFlops
@@ -114,29 +137,69 @@ def _run(config: RunConfig, prepared: _Prepared, world: Any, attempt: Any) -> in
 
     architecture, data, plan = prepared
     run_dir = Path(config.io.run)
+    attempt.number = broadcast_object(attempt.number)
     agree("the configuration", config_load.dump(config))
     agree("the plan", plan.fingerprint)
     lead = world.rank == 0
-    state = TrainState(plan=plan.fingerprint, config=config_load.hash(config))
+    if lead and attempt.lease is not None:
+        # Before checkpoints are looked for: what another job was about to publish cannot be published any more.
+        commit.clean_stale(run_dir)
     found = checkpoint.resolve(run_dir)
     if found is not None and config.io.resume == "never":
         raise UserError(f"io.run {run_dir}: holds checkpoints and io.resume is never; name another folder")
+    rng.seed(config.train.seed)
     trainable = build(config, architecture, world, tasks_of(data))
+    state = TrainState(plan=plan.fingerprint, config=config_load.hash(config))
+    trainable.identity = _identity(config, data, plan)
     if found is not None:
-        state.restore(checkpoint.load(trainable.engine, found, base=trainable.base), str(found))
-        log.info("resumed from %s at step %d", found, state.step)
+        _resume(config, found, trainable, state)
+    if not all_agree(not attempt.stop.noted):
+        return _stopped_early(attempt, world, state.step)
     if lead:
         _open_run(config, run_dir, plan, data, trainable)
     flops = StepFlops(trainable.model, architecture)
     writers = _writers(config, run_dir, state, prepared, flops, attempt) if lead else None
-    with StopFlag() as stop:
-        evaluate = _Evaluation(config, trainable, data, world, writers)
+    with StopFlag(config.train.stop_signals, attempt.stop.noted) as stop:
+        evaluate = _Evaluation(config, trainable, data, world, writers, stop)
         ended = train(trainable, data, plan, config, world, state, stop, writers, evaluate)
     code = 0 if ended == FINISHED else PREEMPTED
     if writers is not None:
         writers.close()
         attempt.end(ended, code, state.step, "signal" if code else "")
     return code
+
+
+def _stopped_early(attempt: Any, world: Any, step: int) -> int:
+    """A stop signal came before the first step: nothing is lost, and the run wants to be continued."""
+    from eventlens_ds.runtime.local_ranks import PREEMPTED
+    from eventlens_ds.train.outcome import PREEMPTED as STATE
+
+    if world.rank == 0:
+        attempt.end(STATE, PREEMPTED, step, "signal before the first step")
+    return PREEMPTED
+
+
+def _identity(config: RunConfig, data: RunData, plan: Plan) -> dict[str, Any]:
+    from eventlens_ds.train.identity import identity
+
+    shards = [shards.fingerprint for shards in data.shards]
+    return identity(config, shards, plan.fingerprint, data.tokenizer.fingerprint, PROMPT_VERSION)
+
+
+def _resume(config: RunConfig, found: Path, trainable: Any, state: Any) -> None:
+    """Continue from a checkpoint that verifies. DataError: it was made with something else than this run has."""
+    from eventlens_ds.runtime import checkpoint
+    from eventlens_ds.train.identity import refuse_changes
+
+    saved = commit.read_manifest(found)
+    if saved.get("identity"):
+        refuse_changes(saved["identity"], trainable.identity, config.io.accept, str(found))
+    elif saved["state"]["plan"] != state.plan and "data" not in config.io.accept:
+        was, now = saved["state"]["plan"][:12], state.plan[:12]
+        raise DataError(f"{found}: made with other data or settings (plan {was}, now {now})")
+    base = None if "base" in config.io.accept else trainable.base
+    state.restore(checkpoint.load(trainable.engine, found, base=base))
+    log.info("resumed from %s at step %d", found, state.step)
 
 
 def _open_run(config: RunConfig, run_dir: Path, plan: Plan, data: RunData, trainable: Any) -> None:
@@ -176,15 +239,15 @@ def _writers(config: RunConfig, run_dir: Path, state: Any, prepared: _Prepared, 
     board = Board(run_dir / "tensorboard", first_step=first) if config.io.tensorboard else None
     skipped = SkippedLog(run_dir)
     if not state.step:
-        never = ((s.id, reason) for table, group, reason in plan.refused for s in data.group(table, group).samples)
-        skipped.add(None, never)
+        skipped.add(None, data.unread())
+        skipped.add(None, ((name, why) for table, group, why in plan.refused for name in data.names(table, group)))
 
     def first_step() -> None:
         attempt.first_step()
         # Which backend an op takes is decided when it first runs.
         capsule.update(run_dir, ops=dispatch.decisions())
 
-    return Writers(run_log, board, flops, skipped, first_step)
+    return Writers(run_log, board, flops, skipped, first_step, attempt.lease)
 
 
 def images_with(questions: int, data: RunData) -> int:
@@ -198,11 +261,16 @@ def images_with(questions: int, data: RunData) -> int:
     return max(1, round(questions / per_image))
 
 
+class _Interrupted(Exception):
+    """An evaluation gives way to a planned stop."""
+
+
 class _Evaluation:
     """Evaluation during training on a fixed subset; tells whether it was the best so far."""
 
-    def __init__(self, config: RunConfig, trainable: Any, data: RunData, world: Any, writers: Any) -> None:
+    def __init__(self, config: RunConfig, trainable: Any, data: RunData, world: Any, writers: Any, stop: Any) -> None:
         self.config, self.trainable, self.world, self.writers = config, trainable, world, writers
+        self.stop = stop
         self.data: RunData | None = None
         if config.train.eval_every:
             from eventlens_ds.eval.score import eval_data
@@ -210,6 +278,16 @@ class _Evaluation:
             folder = config.data.eval or config.data.train[0]
             args = (config, data.tokenizer, data.spec, folder, config.data.eval_split)
             self.data = eval_data(*args, limit=images_with(config.eval.samples, eval_data(*args)))
+
+    def _forward(self, batch: Any, calls: int) -> Any:
+        """A forward of all ranks, unless one of them was asked to stop."""
+        from eventlens_ds.runtime import heartbeat
+        from eventlens_ds.runtime.distributed import all_agree
+
+        heartbeat.mark(heartbeat.EVAL)
+        if not all_agree(not self.stop.raised):
+            raise _Interrupted
+        return self.trainable.engine(batch=batch, vision_calls=calls)
 
     def __call__(self, state: Any) -> bool:
         from eventlens_ds.eval import vcr
@@ -219,15 +297,19 @@ class _Evaluation:
         assert self.data is not None
         engine = self.trainable.engine
         engine.eval()
-        rows = score_choices(
-            lambda batch, calls: engine(batch=batch, vision_calls=calls),
-            self.data,
-            rank=self.world.rank,
-            world=self.world.size,
-            device=self.world.device,
-            vision_chunk=self.config.train.vision_chunk,
-        )
-        engine.train()
+        try:
+            rows = score_choices(
+                self._forward,
+                self.data,
+                rank=self.world.rank,
+                world=self.world.size,
+                device=self.world.device,
+                vision_chunk=self.config.train.vision_chunk,
+            )
+        except _Interrupted:
+            return False
+        finally:
+            engine.train()
         if not rows:
             raise DataError(f"{self.config.data.eval or self.config.data.train[0]}: no questions to evaluate on")
         scores = vcr.score(rows, resamples=100)

@@ -63,3 +63,10 @@ def gather_skipped(rows: Sequence[Batch], world: World) -> list[Any]:
     own = [[turn * world.size + world.rank, name, why] for turn, row in enumerate(rows) for name, why in row.skipped]
     every = [entry for part in gather_objects(own) for entry in part]
     return [entry[1:] for entry in sorted(every, key=lambda entry: entry[0])]
+
+
+def gather_refused(rows: Sequence[Batch], reason: str, world: World) -> list[Any]:
+    """[id, reason] of all samples of a step that was skipped, of all ranks, in the order of the plan. A collective."""
+    own = [[turn * world.size + world.rank, name] for turn, row in enumerate(rows) for name in row.sample_ids]
+    every = sorted((entry for part in gather_objects(own) for entry in part), key=lambda entry: entry[0])
+    return [[name, f"its step was skipped: {reason}"] for _, name in every]

@@ -6,15 +6,18 @@ plan is arithmetic (P3); a changed plan is refused by its fingerprint, not guess
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from eventlens_ds.errors import DataError
+from eventlens_ds.train import guard
 
 
 @dataclass
 class TrainState:
-    """step: optimizer steps done. best: highest evaluation score so far and the step it was seen at."""
+    """step: optimizer steps done, skipped ones included. best: highest evaluation score so far and its step.
+
+    steady: what train/guard.py measures a step by. refused: steps skipped because loss or gradient was no number.
+    """
 
     plan: str
     config: str
@@ -23,14 +26,23 @@ class TrainState:
     best_step: int = -1
     samples_read: int = 0
     samples_skipped: int = 0
+    refused: int = 0
+    refused_in_a_row: int = 0
+    steady: dict[str, list[float]] = field(default_factory=guard.fresh)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def restore(self, saved: dict[str, Any], source: str) -> None:
-        """Take over a saved state. Raises DataError when the data or the order of samples has changed."""
-        if saved["plan"] != self.plan:
-            was, now = saved["plan"][:12], self.plan[:12]
-            raise DataError(f"{source}: made with other data, mixture, seed or rows (plan {was}, now {now})")
-        for name in ("step", "best_score", "best_step", "samples_read", "samples_skipped"):
-            setattr(self, name, saved[name])
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over a saved state; whether the data are the same is asked before (train/identity.py)."""
+        for name, value in saved.items():
+            if name not in ("plan", "config") and hasattr(self, name):
+                setattr(self, name, value)
+
+    def count(self, samples: int, skipped: int, refused: str) -> None:
+        """One more step: samples it read, samples of them that could not be used, why it was skipped if it was."""
+        self.step += 1
+        self.samples_read += samples
+        self.samples_skipped += skipped
+        self.refused += bool(refused)
+        self.refused_in_a_row = self.refused_in_a_row + 1 if refused else 0

@@ -351,18 +351,68 @@ def test_falls_back_past_a_flipped_byte(trained, tmp_path, caplog):
     assert f"SKIPPED checkpoint {file.parent}: rng-rank1" in caplog.text
 
 
-@pytest.mark.P9
-def test_other_world_size_is_refused(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained[0] / "run", tmp_path / "run")
-    (out,) = run_job("alone", tmp_path, monkeypatch, ranks=1)
-    assert "saved with world_size 2, this run has 1" in out["refused"]
-
-
-def job_alone(folder: Path) -> dict:
+def job_reshard_save(folder: Path) -> dict:
+    """Under each ZeRO stage two steps of two ranks, saved."""
     from eventlens_ds.runtime import checkpoint
 
-    path = checkpoint.resolve(folder / "run")
-    return {"refused": error_of(checkpoint.load, build_engine(3, seed=1), path)}
+    for stage in (1, 2, 3):
+        run = folder / f"stage{stage}"
+        engine = build_engine(stage, seed=1)
+        frozen = checkpoint.save_frozen(engine, run, ["frozen.weight", "frozen.bias"])
+        step(engine, 1), step(engine, 2)
+        checkpoint.save(engine, run, step=2, state={}, base={}, frozen_saved_in=frozen)
+    return {}
+
+
+def job_reshard_load(folder: Path) -> dict:
+    """Loaded by as many ranks as there are now, and saved again: tensors and moments by name, before and after."""
+    from eventlens_ds.runtime import checkpoint
+
+    out: dict = {}
+    for stage in (1, 2, 3):
+        run = folder / f"stage{stage}"
+        found = checkpoint.resolve(run)
+        engine = build_engine(stage, seed=7)
+        checkpoint.load(engine, found)
+        frozen = commit.read_manifest(found)["frozen"]["path"]
+        saved = checkpoint.save(engine, run, step=3, state={}, base={}, frozen_saved_in=frozen, keep=9)
+        out[str(stage)] = {
+            "from": commit.read_manifest(found)["world_size"],
+            "to": commit.read_manifest(saved)["world_size"],
+            "names": len(checkpoint.digests(saved)),
+            "same": checkpoint.digests(saved) == checkpoint.digests(found),
+            "live": full_parameters(engine)["out.weight"] == checkpoint.digests(found)["out.weight"],
+            "moves": step(engine, 3) != step(engine, 3),
+        }
+    return out
+
+
+@pytest.mark.P9
+def test_shards_are_cut_anew_for_other_numbers_of_ranks(tmp_path, monkeypatch):
+    """2 -> 3 -> 1 ranks, so that pieces do not come out even: every tensor and moment keeps its bits."""
+    run_job("reshard_save", tmp_path, monkeypatch)
+    for ranks, before in ((3, 2), (1, 3)):
+        for out in run_job("reshard_load", tmp_path, monkeypatch, ranks=ranks):
+            for stage, row in out.items():
+                assert (row["from"], row["to"]) == (before, ranks), stage
+                assert row["same"] and row["live"] and row["moves"] and row["names"] == 7 + 4 * 3, (stage, row)
+        for stage in (1, 2, 3):
+            checkpoints = tmp_path / f"stage{stage}" / "checkpoints"
+            if ranks == 3:
+                shutil.rmtree(checkpoints / "step-2")
+
+
+@pytest.mark.P9
+def test_a_shard_that_is_not_laid_out_as_its_manifest_says_is_refused(trained, tmp_path):
+    from eventlens_ds.runtime import checkpoint
+
+    shutil.copytree(trained[0] / "run", tmp_path / "run")
+    path = checkpoint.resolve(tmp_path / "run")
+    manifest = commit.read_manifest(path)
+    manifest["layout"][0] = manifest["layout"][0][:-1]
+    (path / commit.MANIFEST).write_bytes(commit.seal(manifest))
+    with pytest.raises(DataError, match="group 0 holds .* numbers a rank, its names"):
+        checkpoint.digests(path)
 
 
 @pytest.mark.P9

@@ -196,9 +196,9 @@ def test_dropout_follows_the_row_and_not_what_ran_before(small: SmallRun) -> Non
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("--data.limit=20", ["made with other data, mixture, seed or rows"]),
-        ("--model.adapters.bottleneck=32", ["another model", "adapters.0.caption_down", "64", "32"]),
-        pytest.param("--stage.train=[projector]", ["another stage", "was trained there"], marks=pytest.mark.slow),
+        ("--data.limit=20", ["made with other data or settings", "data.limit: 0 -> 20", "--io.accept=data.limit"]),
+        ("--model.adapters.bottleneck=32", ["model.adapters.bottleneck: 64 -> 32"]),
+        pytest.param("--stage.train=[projector]", ["stage.train: [", "-> ['projector']"], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_refuses_what_is_not_its_own(
