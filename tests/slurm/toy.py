@@ -1,0 +1,78 @@
+"""A rank of a run that computes nothing: it opens an attempt, "trains" 0.2 s a step, saves, ends as a trainer ends.
+
+In: the arguments of `python -m eventlens_ds.train`, and TOY_FAULT: a Python expression over `step`, `attempt` and
+`rank` whose value is an exit code (0: go on; below 0: that signal), evaluated before every step, with TOY_EARLY also
+before the attempt is opened; TOY_START: seconds before the first step. Out: outcome.json by the trainer's own
+functions, empty checkpoint folders, RUN/steps.txt (one line a step).
+Decision: only rank 0 has state, and it tells the others through a file, so that no rank needs torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from eventlens_ds.errors import UserError
+from eventlens_ds.runtime import commit
+from eventlens_ds.train import door, outcome
+from eventlens_ds.train.preempt import StopFlag
+
+SAVE_EVERY = 5
+
+
+def main(argv: list[str]) -> int:
+    parser = door.Parser()
+    door.add_arguments(parser)
+    config = door.configure(*parser.parse_known_args(argv))
+    run, rank = Path(config.io.run), int(os.environ["SLURM_PROCID"])
+    if os.environ.get("TOY_EARLY"):
+        fault(0, 0, rank)
+    with outcome.Attempt(run) as attempt:
+        time.sleep(float(os.environ.get("TOY_START", "0")))
+        with StopFlag() as stop:
+            return train(run, rank, config.train.steps, attempt, stop)
+
+
+def train(run: Path, rank: int, steps: int, attempt: outcome.Attempt, stop: StopFlag) -> int:
+    number = int(outcome.read(run).get("attempt", 0))
+    step = max((int(path.name.split("-")[1]) for path in commit.committed(run)), default=0)
+    end = run / f"end-{os.environ['SLURM_JOB_ID']}-{number}"
+    while step < steps:
+        fault(step, number, rank)
+        time.sleep(0.2)
+        step += 1
+        if rank == 0:
+            with (run / "steps.txt").open("a") as file:
+                file.write(f"{step}\n")
+        last = stop.raised if rank == 0 else end.exists()
+        if rank == 0 and (last or step % SAVE_EVERY == 0 or step == steps):
+            folder = run / "checkpoints" / f"step-{step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / commit.MANIFEST).write_text("{}")
+        if last and step < steps:
+            if rank == 0:
+                end.touch()
+                time.sleep(1)  # rank 0 still writes when the others have gone
+                attempt.end(outcome.PREEMPTED, 75, step, "signal")
+            return 75
+    if rank == 0:
+        attempt.end(outcome.FINISHED, 0, step)
+    return 0
+
+
+def fault(step: int, attempt: int, rank: int) -> None:
+    expression = os.environ.get("TOY_FAULT", "0")
+    code = int(eval(expression, {"step": step, "attempt": attempt, "rank": rank}))
+    if code < 0:
+        os.kill(os.getpid(), -code)
+        time.sleep(5)
+    if code:
+        error = UserError(f"fault at step {step}")
+        error.code = code
+        raise error
+
+
+if __name__ == "__main__":
+    sys.exit(door.guarded(lambda: main(sys.argv[1:])))
