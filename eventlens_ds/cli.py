@@ -18,10 +18,11 @@ from typing import Any
 
 from eventlens_ds import __version__
 from eventlens_ds.cli_data import Command, add, add_data, existing, names
+from eventlens_ds.cli_plan import add_plan
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.train import door
 
-PLANNED = ("plan", "preflight", "prove", "compare", "neighbours")
+PLANNED = ("preflight", "prove", "compare", "neighbours")
 """Named in the design, not written yet: asking for one says so."""
 
 BENCHMARKS = {
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data(commands)
     _add_train(commands)
     _add_use(commands)
+    add_plan(commands)
     _add_upkeep(commands)
     return parser
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ STEPS = 12
 
 
 @pytest.fixture
-def begin(cluster: Cluster, toy: str, tmp_path: Path) -> Callable[..., str]:
+def begin(cluster: Cluster, toy: str, tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Submits pretrain.sh on two nodes with the run folder `tmp_path`/run; environment as keyword arguments."""
 
     def submit(*options: str, settings: tuple[str, ...] = (), **env: str) -> str:
@@ -29,7 +29,10 @@ def begin(cluster: Cluster, toy: str, tmp_path: Path) -> Callable[..., str]:
         given = [f"--io.run={tmp_path / 'run'}", f"--data.train={tmp_path}", f"--train.steps={STEPS}", *settings]
         return cluster.submit(*place, "tiny_event", *given, **{"EVENTLENS_PYTHON": toy, **env})
 
-    return submit
+    yield submit
+    print(cluster.logs())
+    for path in cluster.folder.glob("*.log"):
+        path.unlink()
 
 
 def steps(run: Path) -> list[int]:
@@ -45,7 +48,7 @@ def journal(run: Path) -> list[tuple[str, int, str]]:
 
 
 def went_through(job: Job, run: Path) -> None:
-    assert (job.state, job.code) == ("COMPLETED", 0), job
+    assert (job.state, job.code) == ("COMPLETED", 0), f"{job}\n{launch.history(run)}"
     assert sorted(set(steps(run))) == list(range(1, STEPS + 1))
 
 

@@ -36,9 +36,8 @@ def main(argv: list[str]) -> int:
 
 
 def train(run: Path, rank: int, steps: int, attempt: outcome.Attempt, stop: StopFlag) -> int:
-    number = int(outcome.read(run).get("attempt", 0))
+    number, end = together(run, rank)
     step = max((int(path.name.split("-")[1]) for path in commit.committed(run)), default=0)
-    end = run / f"end-{os.environ['SLURM_JOB_ID']}-{number}"
     while step < steps:
         fault(step, number, rank)
         time.sleep(0.2)
@@ -60,6 +59,17 @@ def train(run: Path, rank: int, steps: int, attempt: outcome.Attempt, stop: Stop
     if rank == 0:
         attempt.end(outcome.FINISHED, 0, step)
     return 0
+
+
+def together(run: Path, rank: int) -> tuple[int, Path]:
+    """(number of this attempt, file that tells of its end), once rank 0 has opened the attempt."""
+    key = "-".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    begun = run / f"begun-{key}"
+    if rank == 0:
+        commit.atomic_write(begun, str(outcome.read(run)["attempt"]).encode())
+    while not begun.exists():
+        time.sleep(0.05)
+    return int(begun.read_text()), run / f"end-{key}"
 
 
 def fault(step: int, attempt: int, rank: int) -> None:
