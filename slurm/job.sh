@@ -17,8 +17,10 @@ load_site() {
   . "$file" || die 2 "$file: ended with an error"
   own=$here/../.venv/bin/python
   [ -n "${EVENTLENS_PYTHON:-}" ] || EVENTLENS_PYTHON=$([ -x "$own" ] && realpath -s "$own" || echo python3)
-  # Scripts and package of one checkout belong together, whatever else the environment has.
-  [ ! -f "$here/../eventlens_ds/__init__.py" ] || export PYTHONPATH=${here%/*}${PYTHONPATH:+:$PYTHONPATH}
+  # Scripts and package of one checkout belong together, whatever the environment or the present folder has.
+  if [ -f "$here/../eventlens_ds/__init__.py" ]; then
+    export PYTHONSAFEPATH=1 PYTHONPATH=${here%/*}${PYTHONPATH:+:$PYTHONPATH}:$PWD
+  fi
   read -ra container <<<"${EVENTLENS_CONTAINER:-}"
   read -ra srun_options <<<"${EVENTLENS_SRUN:-}"
 }
@@ -49,9 +51,11 @@ submit() {
   done
   for name in ACCOUNT PARTITION QOS CONSTRAINT TIME NODES GPUS_PER_NODE; do
     value=EVENTLENS_$name; name=${name,,}
+    # A task of a data build has one node and no GPU.
+    case $script:$name in shards.sh:nodes | shards.sh:gpus*) continue ;; esac
     [ -z "${!value:-}" ] || options+=("--${name//_/-}=${!value}")
+    [ "$name" != gpus_per_node ] || [ -z "${!value:-}" ] || options+=("--ntasks-per-node=${!value}")
   done
-  [ -z "${EVENTLENS_GPUS_PER_NODE:-}" ] || [ "$script" = shards.sh ] || options+=("--ntasks-per-node=$EVENTLENS_GPUS_PER_NODE")
   if [ -n "${lead:-}" ]; then options+=("--signal=B:USR1@$lead"); fi
   options+=("--output=$EVENTLENS_LOGS/%x-%j.log")
   [ "$chain" = 1 ] || export EVENTLENS_REQUEUE=chain

@@ -95,12 +95,14 @@ class Cluster:
 
     def until(self, number: str, wanted: Callable[[Job], bool], seconds: float = 120) -> Job:
         """The job as soon as `wanted`; a requeued job is not made to wait. AssertionError, with the logs, if never."""
-        deadline = time.monotonic() + seconds
+        deadline, held = time.monotonic() + seconds, 0.0
         while time.monotonic() < deadline:
             job = self.job(number)
             if wanted(job):
                 return job
-            if job.state == "PENDING" and job.reason == "BeginTime":
+            held = held or time.monotonic() if job.reason == "BeginTime" else 0.0
+            # Sooner, a node would take the new start for the old one ("credential revoked"): it counts whole seconds.
+            if held and time.monotonic() > held + 2:
                 subprocess.run(
                     [SCRIPT, "exec", self.folder, "scontrol", "update", f"jobid={number}", "StartTime=now"],
                     capture_output=True,
