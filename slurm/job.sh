@@ -125,11 +125,13 @@ requeue() {
 # Exit 6 or requeue without the bad nodes, which the node check has listed in the file $1. A running job cannot change
 # its excluded nodes, and requeueing ends this shell, so a job of a minute does it.
 refuse_nodes() {
-  local bad job=$SLURM_JOB_ID; bad=$(paste -sd, "$1" 2>/dev/null)
-  [ "${EVENTLENS_EXCLUDE:-0}" = 1 ] && [ -n "$bad" ] || exit 6
+  local bad before job=$SLURM_JOB_ID; bad=$(paste -sd, "$1" 2>/dev/null)
+  [ "${EVENTLENS_EXCLUDE:-0}" = 1 ] && [ -n "$bad" ] && [ "$restart" -lt "${EVENTLENS_MAX_CRASHES:-3}" ] || exit 6
+  before=$(scontrol show job "$job" -o | sed -n 's/.* ExcNodeList=\([^( ][^ ]*\) .*/\1/p')
+  bad=${before:+$before,}$bad
   say "queued again without $bad"
-  sbatch --job-name=exclude --nodes=1 --ntasks=1 --time=10 --exclude="$bad" --output=/dev/null --export=NIL --wrap "
-    for _ in \$(seq 200); do scontrol show job $job -o | grep -q JobState=REQUEUE_HOLD\\\\\|JobState=PENDING && break; sleep 1; done
+  sbatch --job-name=exclude --nodes=1 --ntasks=1 --time=10 --exclude="$bad" --output=/dev/null --wrap "
+    for _ in \$(seq 200); do scontrol show job $job -o | grep -qE 'JobState=(REQUEUE_HOLD|PENDING) ' && break; sleep 1; done
     scontrol update JobId=$job ExcNodeList=$bad && scontrol release $job" || exit 6
   trap - TERM USR1
   scontrol requeuehold "$job" && sleep 300

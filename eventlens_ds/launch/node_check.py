@@ -51,7 +51,8 @@ def look(folder: Path, tasks: int) -> dict[str, Any]:
         free = shutil.disk_usage(place).free / 2**30
         if free < DISK_GIB:
             problems.append(f"{free:.1f} GiB are free in {place}")
-    found: dict[str, Any] = {"memory_gib": round(memory, 1), "matmul_tflops": []}
+    on_gpu = os.environ.get("DS_ACCELERATOR") != "cpu"
+    found: dict[str, Any] = {"memory_gib": round(memory, 1), "on_gpu": on_gpu, "matmul_tflops": []}
     try:
         found["matmul_tflops"] = _matmul(tasks, problems)
     except (ImportError, RuntimeError) as error:
@@ -166,7 +167,8 @@ def read_notes(folder: Path, nodes: int, deadline: float) -> dict[str, dict[str,
 def judge(notes: dict[str, dict[str, Any]], expected: Sequence[str]) -> dict[str, list[str]]:
     """Bad nodes and why; empty when all are fit."""
     bad: dict[str, list[str]] = {node: ["no answer"] for node in expected if node not in notes}
-    speeds = {node: [float(x) for x in note["matmul_tflops"]] for node, note in notes.items()}
+    # A CPU's speed is that of whatever else runs on it; it is shown and not judged.
+    speeds = {node: [float(x) for x in note["matmul_tflops"]] * note["on_gpu"] for node, note in notes.items()}
     usual = median([x for found in speeds.values() for x in found] or [0.0])
     links = [note["gb_per_s"] for note in notes.values() if note.get("gb_per_s")]
     clock = median([note["clock_skew"] for note in notes.values()] or [0.0])
@@ -223,7 +225,7 @@ def _check(args: argparse.Namespace) -> int:
     folder = args.folder / "slurm" / f"check-{job}.{restart}.{env.get('SLURM_STEP_ID', '0')}"
     folder.mkdir(parents=True, exist_ok=True)
     note = look(args.folder, args.tasks)
-    note["gb_per_s"], why = reach(first, port, 20)
+    note["gb_per_s"], why = reach(first, port, 10)
     note["problems"] += [why] if why else []
     leave_note(folder, node, note)
     notes = read_notes(folder, len(nodes), time.monotonic() + 60)

@@ -16,7 +16,14 @@ from eventlens_ds.runtime.distributed import free_port
 
 
 def note(**changes: Any) -> dict[str, Any]:
-    return {"problems": [], "matmul_tflops": [500.0, 510.0], "clock_skew": 0.0, "gb_per_s": 1.0, **changes}
+    return {
+        "problems": [],
+        "on_gpu": True,
+        "matmul_tflops": [500.0, 510.0],
+        "clock_skew": 0.0,
+        "gb_per_s": 1.0,
+        **changes,
+    }
 
 
 FAULTS = [
@@ -38,6 +45,8 @@ def test_fit_nodes_and_a_silent_one() -> None:
     notes = {f"n{i}": note(matmul_tflops=[480.0 + i]) for i in range(4)}
     assert node_check.judge(notes, list(notes)) == {}
     assert node_check.judge(notes, [*notes, "n9"]) == {"n9": ["no answer"]}
+    shared = {"n1": note(on_gpu=False), "n2": note(on_gpu=False, matmul_tflops=[1.0])}
+    assert node_check.judge(shared, list(shared)) == {}
 
 
 def test_hosts_of_a_node_list() -> None:
