@@ -62,7 +62,8 @@ def predict(config: Any, row: dict[str, int]) -> int:
 
     shapes = plan_shapes.measure(config, describe(config)[0], plan_shapes.RowShape(**row))
     zero = read_zero_file(config.train.zero)["zero_optimization"]
-    return plan_memory.memory(shapes, zero, RANKS, accumulation_steps(config.train.rows_per_step, RANKS)).total
+    micro_steps = accumulation_steps(config.train.rows_per_step, RANKS)
+    return plan_memory.memory(shapes, zero, RANKS, micro_steps, gloo=True).total
 
 
 def row_of(batch: Any) -> dict[str, int]:

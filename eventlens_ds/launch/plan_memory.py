@@ -5,8 +5,10 @@ What DeepSpeed 0.19 holds was read in runtime/engine.py, zero/stage_1_and_2.py, 
 P parameters of which T learn, W GPUs, b bytes of the model's dtype:
   0        P b, gradients T b, AdamW 8 T, and with bf16 master weights 4 T
   1        as 0, AdamW and master weights over W; with bf16 and W ranks an fp32 sum of gradients 4 T (BF16_Optimizer)
-  2        as 1, gradients of the own share only, 4 T / W, and one or two reduce buckets
-  3        P b / W too, and parameters gathered for use: at most stage3_max_live_parameters
+  2        as 1, gradients of the own share only, 4 T / W (a second copy from the second row of a step on), and one or
+           two reduce buckets
+  3        P b / W too, a copy of the bucket in the order of the ranks, and parameters gathered for use: at most
+           stage3_max_live_parameters
 Decision: the peak is the larger of two moments, backward (activations are there) and the optimizer step (they are not,
 but fp32 copies of gradients are); adding up the maxima of both would refuse what fits.
 """
@@ -62,22 +64,18 @@ def settings(zero: dict[str, Any]) -> dict[str, Any]:
     return {**DEFAULTS, "overlap_comm": zero.get("stage") == 3, **zero}
 
 
-def memory(shapes: Shapes, zero: dict[str, Any], world: int, micro_steps: int) -> Memory:
-    """Memory of one of `world` GPUs whose optimizer step takes `micro_steps` rows."""
-    asked = settings(zero)
+def memory(shapes: Shapes, zero: dict[str, Any], world: int, micro_steps: int, *, gloo: bool = False) -> Memory:
+    """Memory of one of `world` GPUs whose optimizer step takes `micro_steps` rows. gloo: CPU ranks, whose
+    reduce-scatter is an all-reduce of one more copy."""
+    asked = settings(zero) | {"copies": 1 + gloo}
     stage = asked["stage"]
     made = (_stage_0, _stage_1, _stage_2, _stage_3)[stage]
     return made(shapes, asked, world, micro_steps)
 
 
-def _bucket(shapes: Shapes, asked: dict[str, Any], dtype_bytes: int) -> int:
+def _bucket(asked: dict[str, Any], dtype_bytes: int) -> int:
     """Flat buffers that gradients wait in; DeepSpeed allocates them whole, however small the model is."""
-    return asked["reduce_bucket_size"] * dtype_bytes * asked["contiguous_gradients"]
-
-
-def _unreduced(shapes: Shapes, micro_steps: int, accumulated: int) -> int:
-    """Gradients that are there at the peak of backward: all from the second row on, else those of the peak itself."""
-    return shapes.trained * accumulated if micro_steps > 1 else 0
+    return int(asked["reduce_bucket_size"] * dtype_bytes * asked["contiguous_gradients"])
 
 
 def _stage_0(shapes: Shapes, asked: dict[str, Any], world: int, micro_steps: int) -> Memory:
@@ -109,7 +107,7 @@ def _stage_1(shapes: Shapes, asked: dict[str, Any], world: int, micro_steps: int
             activations=shapes.activations,
             step=0,
         )
-    buckets = _bucket(shapes, asked, b) * (1 + bool(asked["overlap_comm"]))
+    buckets = _bucket(asked, b) * (1 + bool(asked["overlap_comm"]))
     return Memory(
         parameters=shapes.total * b,
         gradients=trained * b,
@@ -124,10 +122,10 @@ def _stage_1(shapes: Shapes, asked: dict[str, Any], world: int, micro_steps: int
 def _stage_2(shapes: Shapes, asked: dict[str, Any], world: int, micro_steps: int) -> Memory:
     b = shapes.dtype_bytes
     share = -(-shapes.trained // world)
-    buckets = _bucket(shapes, asked, b) * (1 + bool(asked["overlap_comm"]))
+    buckets = _bucket(asked, b) * (1 + bool(asked["overlap_comm"]))
     return Memory(
         parameters=shapes.total * b,
-        gradients=4 * share,
+        gradients=4 * share + (b * share if micro_steps > 1 else 0),
         optimizer=(ADAM + 4) * share,
         buffers=buckets,
         gathered=0,
@@ -145,12 +143,14 @@ def _stage_3(shapes: Shapes, asked: dict[str, Any], world: int, micro_steps: int
     reach = asked["stage3_max_live_parameters"] if asked["stage3_max_reuse_distance"] else 0
     needed = max(sizes) + asked["stage3_prefetch_bucket_size"]
     gathered = min(shapes.total - persistent, max(reach, needed))
+    bucket = _bucket(asked, b)
+    ordered = min(asked["reduce_bucket_size"], shapes.trained) * b * asked["copies"]
     return Memory(
         parameters=-(-shapes.total // world) * b + persistent * b,
         gradients=4 * share,
         optimizer=(ADAM + 4) * share,
-        buffers=_bucket(shapes, asked, b),
+        buffers=bucket + ordered,
         gathered=gathered * b,
         activations=shapes.activations,
-        step=4 * share + _bucket(shapes, asked, b),
+        step=4 * share + bucket,
     )
