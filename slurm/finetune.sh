@@ -17,7 +17,7 @@ if [ ! -f "$here/job.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then # this is a copy 
   here=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n '1s/.* Command=\([^ ]*\)\/[^ /]* .*/\1/p')
   [ -f "$here/job.sh" ] || here=${SLURM_SUBMIT_DIR:-.}/slurm
 fi
-[ -f "$here/job.sh" ] || { echo "eventlens: error: $here/job.sh: no such file; EVENTLENS_SLURM names its folder" >&2; exit 2; }
+[ -f "$here/job.sh" ] || { echo "eventlens: error: $here/job.sh: no such file (see EVENTLENS_SLURM)" >&2; exit 2; }
 here=$(realpath -s "$here")
 # shellcheck source=slurm/job.sh
 . "$here/job.sh"

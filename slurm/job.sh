@@ -33,7 +33,8 @@ python() {
 
 require_python() {
   [ ${#container[@]} = 0 ] || return 0
-  command -v "$EVENTLENS_PYTHON" >/dev/null || die 2 "$EVENTLENS_PYTHON: no such program; set EVENTLENS_PYTHON in $here/site.sh"
+  command -v "$EVENTLENS_PYTHON" >/dev/null ||
+    die 2 "$EVENTLENS_PYTHON: no such program; set EVENTLENS_PYTHON in $here/site.sh"
   "$EVENTLENS_PYTHON" -c 'import eventlens_ds' 2>/dev/null ||
     die 2 "$EVENTLENS_PYTHON has no eventlens_ds; run \`make install\`, or set EVENTLENS_PYTHON in $here/site.sh"
 }
@@ -79,18 +80,19 @@ export_environment() {
   export EVENTLENS_LOCAL
   # From Slurm 22.05 on, srun does not take it from sbatch.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-  [ -z "${EVENTLENS_INTERFACE:-}" ] || export NCCL_SOCKET_IFNAME=$EVENTLENS_INTERFACE GLOO_SOCKET_IFNAME=$EVENTLENS_INTERFACE
+  [ -z "${EVENTLENS_INTERFACE:-}" ] ||
+    export NCCL_SOCKET_IFNAME=$EVENTLENS_INTERFACE GLOO_SOCKET_IFNAME=$EVENTLENS_INTERFACE
   restart=${SLURM_RESTART_COUNT:-0}
   say "job $SLURM_JOB_ID, restart $restart, ${SLURM_NTASKS:-?} ranks on $SLURM_JOB_NUM_NODES nodes: $SLURM_JOB_NODELIST"
 }
 
 # Traps only note what came: anything longer in a trap can lose a second signal.
 stop=
-take_signals() { trap 'stop=USR1' USR1; trap 'stop=TERM' TERM; trap : CONT; }
+take_signals() { trap 'stop=USR1' USR1; trap 'stop=TERM' TERM; }
 
 # ranks COMMAND...: run it on every task of the job. Sets code (of srun) and stop_seconds (from our asking to the end).
 ranks() {
-  local asked=0 begun=$SECONDS last=-9 id name half=$((${EVENTLENS_LEAD:-300} / 2))
+  local asked=0 begun=$SECONDS last=-9 id name signal half=$((${EVENTLENS_LEAD:-300} / 2))
   srun --export=ALL --job-name=ranks --kill-on-bad-exit=1 --wait=60 "${container[@]}" "${srun_options[@]}" \
     bash "$here/rank.sh" "$@" &
   local srun=$!
@@ -98,11 +100,12 @@ ranks() {
   while kill -0 "$srun" 2>/dev/null; do
     if [ "$stop" = USR1 ]; then
       if [ $asked = 0 ]; then asked=1; begun=$SECONDS; say "USR1: asking the ranks to save and stop"; fi
-      # Again and again: a rank that is still starting ignores it. TERM, at half time, ends one that starts for too long.
+      # Again and again: a rank that is still starting ignores it. TERM, at half time, ends one that starts too long.
       if [ $((SECONDS - last)) -ge 5 ]; then
         last=$SECONDS
         while read -r id name; do
-          [ "$name" != ranks ] || scancel --signal="$([ $((SECONDS - begun)) -lt $half ] && echo USR1 || echo TERM)" "$id"
+          [ $((SECONDS - begun)) -lt $half ] && signal=USR1 || signal=TERM
+          [ "$name" != ranks ] || scancel --signal="$signal" "$id"
         done < <(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j')
       fi
     fi
@@ -118,6 +121,11 @@ requeue() {
     chain) say "the next job of the chain goes on"; exit 0 ;;
   esac
   trap - TERM USR1
+  # Slurm would also requeue a job that is just being cancelled; its ranks stop a moment before this shell hears of it.
+  case $(scontrol show job "$SLURM_JOB_ID" -o) in
+    *" JobState=RUNNING "*) ;;
+    *) die 143 "stopped because the job is being ended" ;;
+  esac
   if scontrol requeue "$SLURM_JOB_ID"; then sleep 300; fi  # it ends this shell
   die 75 "stopped before the end, and Slurm would not requeue the job: submit the same command again"
 }
@@ -131,7 +139,9 @@ refuse_nodes() {
   bad=${before:+$before,}$bad
   say "queued again without $bad"
   sbatch --job-name=exclude --nodes=1 --ntasks=1 --time=10 --exclude="$bad" --output=/dev/null --wrap "
-    for _ in \$(seq 200); do scontrol show job $job -o | grep -qE 'JobState=(REQUEUE_HOLD|PENDING) ' && break; sleep 1; done
+    for _ in \$(seq 200); do
+      scontrol show job $job -o | grep -qE 'JobState=(REQUEUE_HOLD|PENDING) ' && break; sleep 1
+    done
     scontrol update JobId=$job ExcNodeList=$bad && scontrol release $job" || exit 6
   trap - TERM USR1
   scontrol requeuehold "$job" && sleep 300
@@ -142,33 +152,43 @@ check_nodes() {  # run folder
   local bad=$1/slurm/bad-$SLURM_JOB_ID.$restart
   [ "${EVENTLENS_PREFLIGHT:-1}" = 1 ] || return 0
   rm -f "$bad"
-  srun --export=ALL --job-name=check --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-    --kill-on-bad-exit=0 --wait=30 "${container[@]}" bash "$here/rank.sh" \
-    "$EVENTLENS_PYTHON" -m eventlens_ds.launch.node_check --folder "$1" --bad "$bad" --tasks "${SLURM_NTASKS_PER_NODE:-1}" || refuse_nodes "$bad"
+  srun --export=ALL --job-name=check --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
+    --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=30 "${container[@]}" bash "$here/rank.sh" \
+    "$EVENTLENS_PYTHON" -m eventlens_ds.launch.node_check --folder "$1" --bad "$bad" \
+    --tasks "${SLURM_NTASKS_PER_NODE:-1}" || refuse_nodes "$bad"
 }
 
 # train_job SCRIPT RECIPE [ARGUMENT...]: RECIPE is the script's; a first argument that is no option is another one.
 train_job() {
-  local script=$1 recipe=$2 ours=() told answer line; shift 2
+  local script=$1 recipe=$2 ours=() told answer line number; shift 2
   load_site
   if [ -z "${SLURM_JOB_ID:-}" ]; then
-    while case ${1:-} in --print) ours+=("$1"); shift ;; --chain) ours+=("$1" "${2:-}"); shift; shift ;; *) false ;; esac; do :; done
+    while [ "${1:-}" = --print ] || [ "${1:-}" = --chain ]; do
+      if [ "$1" = --chain ]; then ours+=("$1" "${2:-}"); shift; else ours+=("$1"); fi
+      shift || die 2 "--chain: how many jobs?"
+    done
   fi
   case ${1:-} in '' | -*) ;; *) recipe=$1; shift ;; esac
   [[ -z ${EVENTLENS_DATA:-} || " $*" == *" --data.train"* ]] || set -- "--data.train=$EVENTLENS_DATA" "$@"
   if [ -z "${SLURM_JOB_ID:-}" ]; then
     # What is wrong is said now rather than after a night in the queue.
     require_python
-    if [ ${#container[@]} = 0 ]; then lead=$(python -m eventlens_ds.launch.job lead --config "$recipe" "$@") || exit; export EVENTLENS_LEAD=$lead; fi
+    if [ ${#container[@]} = 0 ]; then
+      lead=$(python -m eventlens_ds.launch.job lead --config "$recipe" "$@") || exit
+      export EVENTLENS_LEAD=$lead
+    fi
     submit "$script" "${ours[@]}" "$recipe" "$@"; exit
   fi
   take_signals
   export_environment
   require_python
   if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    [ -f "${EVENTLENS_SWEEP:-}" ] || die 2 "a job array of $script is a sweep: EVENTLENS_SWEEP names a file with the settings of each task"
-    line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$EVENTLENS_SWEEP")
-    [[ " $line" == *" --io.run"* ]] || die 2 "$EVENTLENS_SWEEP:$((SLURM_ARRAY_TASK_ID + 1)): no --io.run, every task needs a run folder of its own"
+    number=$((SLURM_ARRAY_TASK_ID + 1))
+    [ -f "${EVENTLENS_SWEEP:-}" ] ||
+      die 2 "a job array of $script is a sweep: EVENTLENS_SWEEP names a file with the settings of each task"
+    line=$(sed -n "${number}p" "$EVENTLENS_SWEEP")
+    [[ " $line" == *" --io.run"* ]] ||
+      die 2 "$EVENTLENS_SWEEP:$number: no --io.run, every task needs a run folder of its own"
     read -ra told <<<"$line"; set -- "$@" "${told[@]}"
   fi
   while :; do
@@ -189,7 +209,8 @@ end_of_attempt() {
   answer=$(python -m eventlens_ds.launch.job conclude --run "$run" --before "$before" --exits "$EVENTLENS_EXITS" \
     --srun "$code" --stop "$stop" --stop-seconds "$stop_seconds" --seconds $((SECONDS - started)) \
     --job "$SLURM_JOB_ID.$restart" --nodes "$SLURM_JOB_NODELIST" --max-crashes "${EVENTLENS_MAX_CRASHES:-3}" \
-    --lease-tries "${EVENTLENS_LEASE_TRIES:-10}") || die "$((code ? code : 1))" "$run: how it ended cannot be told (srun ended with $code)"
+    --lease-tries "${EVENTLENS_LEASE_TRIES:-10}") ||
+    die "$((code ? code : 1))" "$run: how it ended cannot be told (srun ended with $code)"
   { read -r decision; read -r code; read -r reason; } <<<"$answer"
   say "$reason"
   case $decision in
@@ -239,8 +260,10 @@ shards_job() {
   say "part $SLURM_ARRAY_TASK_ID of $parts on ${SLURMD_NODENAME:-?}"
   done_folder=$out/journal/parts-$parts
   rm -f "$done_folder/$SLURM_ARRAY_TASK_ID"
-  python -m eventlens_ds data build "$@" --part "$SLURM_ARRAY_TASK_ID/$parts" --workers "${SLURM_CPUS_PER_TASK:-1}" || exit
-  { mkdir -p "$done_folder" && : >"$done_folder/$SLURM_ARRAY_TASK_ID"; } || die 2 "$done_folder: cannot be written"
+  python -m eventlens_ds data build "$@" --part "$SLURM_ARRAY_TASK_ID/$parts" \
+    --workers "${SLURM_CPUS_PER_TASK:-1}" || exit
+  { mkdir -p "$done_folder" && : >"$done_folder/$SLURM_ARRAY_TASK_ID"; } ||
+    die 2 "$done_folder: cannot be written"
   [ "$(find "$done_folder" -type f | wc -l)" = "$parts" ] || exit 0
   # Two tasks may both find all parts written.
   mkdir "$done_folder.joined-by-$SLURM_ARRAY_JOB_ID" 2>/dev/null || exit 0

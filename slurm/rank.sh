@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One rank, started by srun: rank.sh COMMAND...
-# In: EVENTLENS_EXITS, a file for exit codes (may be unset); EVENTLENS_LOCAL. Out: 0 when COMMAND ended with 0 or with 75
-# (stopped on request after saving), else its exit code, which the file holds with the rank and the node.
+# In: EVENTLENS_EXITS, a file for exit codes (may be unset); EVENTLENS_LOCAL. Out: 0 when COMMAND ended with 0 or with
+# 75 (stopped on request after saving), else its exit code, which the file holds with the rank and the node.
 # Decision: srun reports neither which rank failed first nor its code, and ends the other ranks as soon as one ends with
 # a code other than 0; a planned stop must therefore look like success here, and what it was stands in outcome.json.
 set -u

@@ -36,8 +36,7 @@ def main(argv: list[str]) -> int:
 
 
 def train(run: Path, rank: int, steps: int, attempt: outcome.Attempt, stop: StopFlag) -> int:
-    number, end = together(run, rank)
-    step = max((int(path.name.split("-")[1]) for path in commit.committed(run)), default=0)
+    number, step, end = together(run, rank)
     while step < steps:
         fault(step, number, rank)
         time.sleep(0.2)
@@ -61,15 +60,21 @@ def train(run: Path, rank: int, steps: int, attempt: outcome.Attempt, stop: Stop
     return 0
 
 
-def together(run: Path, rank: int) -> tuple[int, Path]:
-    """(number of this attempt, file that tells of its end), once rank 0 has opened the attempt."""
+def together(run: Path, rank: int) -> tuple[int, int, Path]:
+    """(number of this attempt, step to go on from, file that tells of its end), when all ranks are there."""
     key = "-".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     begun = run / f"begun-{key}"
     if rank == 0:
-        commit.atomic_write(begun, str(outcome.read(run)["attempt"]).encode())
+        while len(list(run.glob(f"here-{key}-*"))) < int(os.environ["SLURM_NTASKS"]) - 1:
+            time.sleep(0.05)
+        newest = max((int(path.name.split("-")[1]) for path in commit.committed(run)), default=0)
+        commit.atomic_write(begun, f"{outcome.read(run)['attempt']} {newest}".encode())
+    else:
+        (run / f"here-{key}-{rank}").touch()
     while not begun.exists():
         time.sleep(0.05)
-    return int(begun.read_text()), run / f"end-{key}"
+    number, step = map(int, begun.read_text().split())
+    return number, step, run / f"end-{key}"
 
 
 def fault(step: int, attempt: int, rank: int) -> None:
