@@ -145,7 +145,7 @@ def make(
     for factor in (0.5, 2.0):
         other = _stretched(row, factor)
         if other.tokens > architecture.visual_tokens * other.images:
-            measured = plan_shapes.measure(config, architecture, other)
+            measured = plan_shapes.measure(config, architecture, other, like=shapes)
             cells += [_cell(config, measured, zero, world, gpu) for zero in STAGES]
     chosen = config.train.zero
     scaling = [_scale(config, shapes, n, per_node, gpu) for n in NODES]

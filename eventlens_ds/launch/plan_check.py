@@ -32,6 +32,7 @@ ADJUSTED: dict[str, tuple[int, tuple[str, ...]]] = {
     "small zero1": (1, WIDE),
     "small zero2": (2, WIDE),
     "small zero3": (3, WIDE),
+    "small zero3 lora": (3, (*WIDE, "--model.lora.rank=8", "--stage.train=[projector,regions,lora]")),
 }
 HELD_OUT: dict[str, tuple[int, tuple[str, ...]]] = {
     "tiny zero0, 1 row a rank": (0, NARROW),
@@ -40,7 +41,14 @@ HELD_OUT: dict[str, tuple[int, tuple[str, ...]]] = {
     "tiny zero3 checkpointing": (3, (*NARROW, "--train.activation_checkpointing=true")),
     "small zero3 adapters 256": (3, (*WIDE, "--model.adapters.bottleneck=256")),
     "small zero2 frozen tower": (2, (*WIDE, "--stage.train=[projector,regions,adapters,language]")),
-    "small zero3 lora": (3, (*WIDE, "--model.lora.rank=8", "--stage.train=[projector,regions,lora]")),
+    "small zero3 frozen backbones": (
+        3,
+        (*WIDE, "--train.rows_per_step=2", "--stage.train=[projector,regions,adapters]"),
+    ),
+    "tiny zero3 lora bf16": (
+        3,
+        (*NARROW, "--model.lora.rank=32", "--train.dtype=bf16", "--stage.train=[regions,lora]"),
+    ),
     "small zero2 bf16 2048 tokens": (2, (*WIDE, "--data.row_tokens=2048", "--train.dtype=bf16")),
 }
 

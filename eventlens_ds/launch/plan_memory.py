@@ -151,6 +151,6 @@ def _stage_3(shapes: Shapes, asked: dict[str, Any], world: int, micro_steps: int
         optimizer=(ADAM + 4) * share,
         buffers=bucket + ordered,
         gathered=gathered * b,
-        activations=shapes.activations,
+        activations=shapes.activations_zero3,
         step=4 * share + bucket,
     )

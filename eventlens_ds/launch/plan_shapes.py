@@ -53,10 +53,12 @@ class Parameter:
 @dataclass(frozen=True)
 class Shapes:
     """parameters: all of the model. activations: bytes at the peak of a micro-step, without parameters and without
-    gradients that are already handed over. largest: elements of the module with the most parameters of its own."""
+    gradients that are already handed over; activations_zero3: the same where DeepSpeed's linear layer runs, which
+    keeps its input even if its weight is frozen."""
 
     parameters: tuple[Parameter, ...]
     activations: int
+    activations_zero3: int
     dtype_bytes: int
     row: RowShape
 
@@ -145,10 +147,23 @@ def fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = before
 
 
+@contextmanager
+def zero3_linear() -> Iterator[None]:
+    """Inside, F.linear is DeepSpeed's, as zero.Init puts it there (memory_efficient_linear)."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    before = F.linear
+    F.linear = zero3_linear_wrap
+    try:
+        yield
+    finally:
+        F.linear = before
+
+
 def empty_row(config: RunConfig, architecture: RegionVLMConfig, shape: RowShape) -> Batch:
     """A row with that content and no values: `groups` trees of a prefix and `leaves` leaves, equally long."""
     vision, visual = architecture.vision_config, architecture.visual_tokens
-    meta = {"device": "meta"}
+    meta: dict[str, Any] = {"device": "meta"}
 
     def ints(*size: int) -> torch.Tensor:
         return torch.zeros(*size, dtype=torch.int64, **meta)
@@ -195,7 +210,8 @@ def empty_row(config: RunConfig, architecture: RegionVLMConfig, shape: RowShape)
 
 def _tree(shape: RowShape) -> tuple[list[list[int]], list[int]]:
     """(bounds, parents) of the segments; a prefix takes half of its group."""
-    bounds, parents = [], []
+    bounds: list[list[int]] = []
+    parents: list[int] = []
     edges = [round(i * shape.tokens / shape.groups) for i in range(shape.groups + 1)]
     for start, end in zip(edges, edges[1:]):
         root, middle = len(bounds), (start + end) // 2
@@ -229,24 +245,39 @@ def meta_model(config: RunConfig, architecture: RegionVLMConfig, tasks: Sequence
     return model.train()
 
 
-def measure(config: RunConfig, architecture: RegionVLMConfig, row: RowShape, tasks: Sequence[str] = ()) -> Shapes:
-    """Parameters and peak of activations of one micro-step over `row`. tasks: of the data (default: with adapters)."""
+def measure(
+    config: RunConfig,
+    architecture: RegionVLMConfig,
+    row: RowShape,
+    tasks: Sequence[str] = (),
+    like: Shapes | None = None,
+) -> Shapes:
+    """Parameters and peak of activations of one micro-step over `row`. tasks: of the data (default: with adapters).
+    like: shapes of another row, whose share of ZeRO-3's linear layers is taken over (half the time)."""
     architecture = RegionVLMConfig.from_dict(architecture.to_dict())
     architecture.text_config._attn_implementation = "eventlens_blocks" if row.groups * row.leaves else "sdpa"
     chosen = list(tasks or config.data.tasks or architecture.tasks)
     model = meta_model(config, architecture, chosen)
     parameters = tuple(Parameter(n, part_of(n), p.numel(), p.requires_grad) for n, p in model.named_parameters())
-    return Shapes(parameters, peak_of_row(model, config, architecture, row), model_dtype(config).itemsize, row)
+    plain = peak_of_row(model, config, architecture, row)
+    if like is not None:
+        zero3 = round(plain * like.activations_zero3 / like.activations)
+    else:
+        with zero3_linear():
+            zero3 = peak_of_row(model, config, architecture, row)
+    return Shapes(parameters, plain, zero3, model_dtype(config).itemsize, row)
 
 
 def peak_of_row(model: nn.Module, config: RunConfig, architecture: RegionVLMConfig, row: RowShape) -> int:
     """Peak bytes of forward and backward of a meta model, each gradient gone as soon as it is complete."""
     batch = empty_row(config, architecture, row)
     batch = replace(batch, task_ids=torch.full_like(batch.task_ids, TASKS.index(architecture.tasks[0])))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # A ZeRO stage hands a gradient over (or keeps it: counted there).
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    # A ZeRO stage hands a gradient over, or keeps it and counts it itself.
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for p in model.parameters()
+        if p.requires_grad
+    ]
     with fused_attention(), LiveBytes() as memory:
         memory.ignore(iter([*model.parameters(), *model.buffers()]))
         memory.ignore(v for v in vars(batch).values() if isinstance(v, torch.Tensor) and v.is_meta)
@@ -256,5 +287,7 @@ def peak_of_row(model: nn.Module, config: RunConfig, architecture: RegionVLMConf
         loss = logp.sum()
         del out, logp
         loss.backward()
+    for hook in hooks:
+        hook.remove()
     inputs = sum(v.nbytes for v in vars(batch).values() if isinstance(v, torch.Tensor) and v.is_meta)
     return memory.peak + inputs

@@ -61,7 +61,16 @@ def test_recomputation_and_fused_attention_save_activations(monkeypatch: pytest.
     assert shapes().activations > 1.1 * whole
 
 
-MILLION = Shapes((Parameter("a", "language", 600_000, True), Parameter("b", "vision", 400_000, False)), 5000, 2, ROW)
+def test_zero3_keeps_the_inputs_of_frozen_layers() -> None:
+    found = shapes("--stage.train=[projector,regions]")
+    assert found.activations_zero3 > 1.05 * found.activations
+    whole = shapes()
+    assert whole.activations_zero3 == pytest.approx(whole.activations, rel=0.05)
+
+
+MILLION = Shapes(
+    (Parameter("a", "language", 600_000, True), Parameter("b", "vision", 400_000, False)), 5000, 5000, 2, ROW
+)
 
 
 def test_states_of_every_stage_by_hand() -> None:
