@@ -6,8 +6,10 @@ is run (sbatch, spool copy of the script, log file), because the usual failure i
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,3 +146,8 @@ def test_a_sweep_needs_a_line_per_task_with_its_own_run(cluster: Cluster, toy: s
         assert cluster.ended(f"{number}_{task}").code == code
     assert (tmp_path / "a" / "outcome.json").exists() and (tmp_path / "b" / "outcome.json").exists()
     assert "sweep.txt:3: no --io.run" in (cluster.folder / f"s-{number}_2.log").read_text()
+
+
+def test_doctor_finds_the_cluster(cluster: Cluster) -> None:
+    said = cluster.run(sys.executable, "-c", "from eventlens_ds.launch.doctor_cluster import _slurm; print(*_slurm())")
+    assert "partition main" in said and "2 nodes, gpu:8" in said and re.search(r"slurm\S* 2\d", said)
