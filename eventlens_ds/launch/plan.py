@@ -142,16 +142,13 @@ def make(
     shapes = plan_shapes.measure(config, architecture, row)
     world = nodes * per_node
     cells = [_cell(config, shapes, zero, world, gpu) for zero in STAGES]
-    for factor in (0.5, 2.0):
-        other = _stretched(row, factor)
-        if other.tokens > architecture.visual_tokens * other.images:
-            measured = plan_shapes.measure(config, architecture, other, like=shapes)
-            cells += [_cell(config, measured, zero, world, gpu) for zero in STAGES]
+    cells += _other_rows(config, architecture, shapes, world, gpu)
     chosen = config.train.zero
     scaling = [_scale(config, shapes, n, per_node, gpu) for n in NODES]
     assumptions = [
         f"row: {origin}",
         f"fits: {RESERVE:g} GiB of {GPUS[gpu][0]:g} stay free for the CUDA context, NCCL and holes between blocks",
+        "rows of twice the length: activations by a straight line through the other two lengths",
         "attention is a fused kernel; the parameters that ZeRO-3 keeps gathered are those its file allows",
         "bytes sent: rings over all GPUs; ZeRO-3 gathers each parameter once per pass unless they all stay gathered",
     ]
@@ -162,6 +159,20 @@ def make(
         assumptions += said
     traffic = {zero: sent(shapes, _zero(zero), world, _micro_steps(config, world)) for zero in STAGES}
     return Plan(shapes.parts(), asdict(row), cells, traffic, checkpoint(shapes, _zero(chosen)), scaling, assumptions)
+
+
+def _other_rows(config: RunConfig, architecture: Any, shapes: Any, world: int, gpu: str) -> list[Cell]:
+    """Cells of rows half and twice as long; the latter by a straight line, since fused attention keeps no square."""
+    from eventlens_ds.launch import plan_shapes
+
+    half = _stretched(shapes.row, 0.5)
+    if half.tokens <= architecture.visual_tokens * half.images:
+        return []
+    less = plan_shapes.measure(config, architecture, half, like=shapes)
+    names = ("activations", "activations_zero3")
+    double = {name: 3 * getattr(shapes, name) - 2 * getattr(less, name) for name in names}
+    more = replace(shapes, row=_stretched(shapes.row, 2.0), **double)
+    return [_cell(config, found, zero, world, gpu) for found in (less, more) for zero in STAGES]
 
 
 def _zero(name: str) -> dict[str, Any]:
