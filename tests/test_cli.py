@@ -74,6 +74,7 @@ def test_version() -> None:
         ("plan", ["--config RECIPE is missing"]),
         ("plan --config tiny_event --gpu h1000", ["--gpu h1000", "h100"]),
         ("plan --config tiny_event --nodes 0", ["--nodes 0"]),
+        ("plan --config lion_stage3", ["lion-flant5xl", "decoder-only"]),
         ("plan --config tiny_event --nodse 2", ["unknown option --nodse", "nearest: --nodes"]),
         ("data neighbours", ["planned, not written yet"]),
         ("data biuld", ["nearest: build"]),

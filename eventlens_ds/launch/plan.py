@@ -138,6 +138,10 @@ def make(
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: not known; there are: {', '.join(GPUS)}")
     architecture = describe(config, dry=True)[0]
+    if architecture.encoder_decoder:
+        raise UserError(
+            f"model.preset {config.model.preset}: plan knows decoder-only models; T5's rows are not laid out"
+        )
     row, origin = rows(config, architecture, images)
     shapes = plan_shapes.measure(config, architecture, row)
     world = nodes * per_node

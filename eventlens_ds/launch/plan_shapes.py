@@ -224,15 +224,9 @@ def _tree(shape: RowShape) -> tuple[list[list[int]], list[int]]:
     return bounds, parents
 
 
-@contextmanager
-def _meta() -> Iterator[None]:
-    with torch.device("meta"):
-        yield
-
-
 def meta_model(config: RunConfig, architecture: RegionVLMConfig, tasks: Sequence[str]) -> RegionVLM:
     """The model of a run with its stage set, without storage."""
-    with _meta():
+    with torch.device("meta"):
         model = RegionVLM._from_config(architecture, dtype=model_dtype(config))
         model.tie_weights()
         if config.model.lora.rank:

@@ -139,3 +139,16 @@ def test_the_time_limit_saves_and_goes_on(cluster: Cluster, world_folder: Path, 
     assert launch.journal(run)[0]["state"] == "preempted" and job.state != "TIMEOUT"
     cluster.run("scancel", number)
     cluster.ended(number)
+
+
+@pytest.mark.slow
+def test_eval_on_two_nodes_equals_eval_here(cluster: Cluster, world_folder: Path, tmp_path: Path) -> None:
+    run = train_here(world_folder, tmp_path / "run", steps=1)
+    asked = [str(run), "--data", str(world_folder), "--limit", "4", "--controls", "none"]
+    number = cluster.submit(*PLACE, str(SLURM / "eval.sh"), *asked, "--out", str(tmp_path / "slurm"))
+    assert cluster.ended(number, 240).code == 0, cluster.log(number)
+    here = [sys.executable, "-m", "eventlens_ds", "eval", *asked, "--out", str(tmp_path / "here"), "--ranks", "2"]
+    subprocess.run(here, env=environment(), check=True, capture_output=True, timeout=240)
+    found = [json.loads((tmp_path / place / "metrics" / "vcr.json").read_text())["vcr"] for place in ("slurm", "here")]
+    assert found[0] == found[1] and found[0]["n"] > 0
+    assert not list(run.glob(".exits-*"))
