@@ -215,3 +215,14 @@ def test_a_chain_goes_on_without_requeueing(cluster: Cluster, toy: str, tmp_path
     assert [(job.state, job.restarts) for job in ended] == [("COMPLETED", 0)] * 3
     assert steps(run) == list(range(1, STEPS + 1)) and [row[0] for row in journal(run)] == ["preempted", "finished"]
     assert "finished before" in (tmp_path / "logs" / f"pretrain-{jobs[2]}.log").read_text()
+
+
+@pytest.mark.slow
+def test_the_time_limit_saves_and_goes_on(cluster: Cluster, begin: Callable[..., str], tmp_path: Path) -> None:
+    """Slurm's own clock, which it looks at every 30 s: USR1 comes half a minute before the end of a minute."""
+    run = tmp_path / "run"
+    number = begin("--time=1", "--signal=B:USR1@30", settings=("--train.steps=5000",))
+    job = cluster.until(number, lambda job: job.restarts == 1 or job.state == "TIMEOUT", 150)
+    assert job.restarts == 1 and journal(run) == [("preempted", 0, "requeue")]
+    cluster.run("scancel", number)
+    cluster.ended(number)

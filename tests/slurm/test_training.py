@@ -130,18 +130,6 @@ def strike(cluster: Cluster, number: str, fault: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_time_limit_saves_and_goes_on(cluster: Cluster, world_folder: Path, tmp_path: Path) -> None:
-    """Slurm's own clock: --signal=B:USR1@30 of a job of one minute comes within a minute; it looks every 30 s."""
-    run = tmp_path / "run"
-    place = ("--time=1", "--signal=B:USR1@30", *PLACE)
-    number = cluster.submit(*place, str(SLURM / "pretrain.sh"), "tiny_event", *settings(world_folder, run, 400))
-    job = cluster.until(number, lambda job: job.restarts == 1, 150)
-    assert launch.journal(run)[0]["state"] == "preempted" and job.state != "TIMEOUT"
-    cluster.run("scancel", number)
-    cluster.ended(number)
-
-
-@pytest.mark.slow
 def test_eval_on_two_nodes_equals_eval_here(cluster: Cluster, world_folder: Path, tmp_path: Path) -> None:
     run = train_here(world_folder, tmp_path / "run", steps=1)
     asked = [str(run), "--data", str(world_folder), "--limit", "4", "--controls", "none"]
