@@ -90,13 +90,15 @@ def whole(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_here(world_folder, tmp_path_factory.mktemp("whole") / "run", *LONGER, steps=LONG)
 
 
-LONGER = ("--train.save_every=10", "--train.keep=5")
+LONGER = ("--train.save_every=10", "--train.keep=5", "--train.eval_every=10", "--eval.samples=150")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["start", "step", "save", "preempt", "requeue", "restart slurmctld", "node crash"])
+@pytest.mark.parametrize(
+    "fault", ["start", "step", "eval", "save", "preempt", "requeue", "restart slurmctld", "node crash"]
+)
 def test_every_fault_ends_in_the_same_parameters(
-    cluster: Cluster, world_folder: Path, whole: Path, tmp_path: Path, fault: str, record_property: Any
+    cluster: Cluster, world_folder: Path, whole: Path, tmp_path: Path, fault: str
 ) -> None:
     run = tmp_path / "run"
     number = cluster.submit(
@@ -104,6 +106,7 @@ def test_every_fault_ends_in_the_same_parameters(
     )
     ready = {
         "start": lambda: (run / "outcome.json").exists(),
+        "eval": lambda: when_logged(10)(run),
         "save": lambda: any((run / "checkpoints").glob("*10*")),
     }.get(fault, lambda: when_logged(13)(run))
     cluster.until(number, lambda _: ready(), 180)
@@ -111,11 +114,14 @@ def test_every_fault_ends_in_the_same_parameters(
     job = cluster.ended(number, 400)
     assert (job.state, job.code) == ("COMPLETED", 0), cluster.log(number)
     assert same(run, whole)
+    if fault == "eval":
+        log = cluster.log(number)
+        assert log.index("USR1: asking") < log.index("step 10: q2a"), "the evaluation was over before the signal"
     print(f"\n{fault}: restarts {job.restarts}\n{launch.history(run)}")
 
 
 def strike(cluster: Cluster, number: str, fault: str) -> None:
-    if fault in ("start", "step", "save"):
+    if fault in ("start", "step", "eval", "save"):
         cluster.signal(number)
     elif fault == "preempt":
         cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2")
