@@ -19,12 +19,10 @@ from typing import Any
 from eventlens_ds import __version__
 from eventlens_ds.cli_data import Command, add, add_data, existing, names
 from eventlens_ds.cli_episodes import add_episodes, episode_options
+from eventlens_ds.cli_plan import add_plan
 from eventlens_ds.cli_proof import add_proofs
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.train import door
-
-PLANNED = ("plan",)
-"""Named in the design, not written yet: asking for one says so."""
 
 BENCHMARKS = {
     "roi_align": "RoI-align on token grids, every backend against the strongest baselines",
@@ -58,14 +56,12 @@ def _dispatch(argv: Sequence[str]) -> int:
 
 
 class _Parser(door.Parser):
-    """Names the nearest command for a misspelt one, and says of a planned one that it does not exist yet."""
+    """Names the nearest command for a misspelt one."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return
         known = ", ".join(map(str, action.choices))
-        if value in PLANNED:
-            raise UserError(f"{self.prog} {value}: planned, not written yet; there are: {known}")
         near = difflib.get_close_matches(str(value), list(map(str, action.choices)), n=1, cutoff=0.0)
         raise UserError(f"{self.prog} {value}: no such command; nearest: {near[0]}; there are: {known}")
 
@@ -77,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data(commands)
     _add_train(commands)
     _add_use(commands)
+    add_plan(commands)
     _add_upkeep(commands)
     add_proofs(commands)
     return parser

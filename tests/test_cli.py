@@ -48,7 +48,9 @@ def test_import_is_light() -> None:
     assert seconds("-c", "import eventlens_ds") - bare <= 0.2
 
 
-@pytest.mark.parametrize("command", ["", "data", "data build", "train", "eval", "export", "predict", "bench", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "data", "data build", "train", "eval", "export", "predict", "plan", "bench", "doctor"]
+)
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command.split(), "--help"])
@@ -69,8 +71,12 @@ def test_version() -> None:
     ("argv", "words"),
     [
         ("trian", ["no such command", "nearest: train"]),
-        ("plan", ["planned, not written yet"]),
         ("data neighbours classes.jsonl", ["--images"]),
+        ("plan", ["--config RECIPE is missing"]),
+        ("plan --config tiny_event --gpu h1000", ["--gpu h1000", "h100"]),
+        ("plan --config tiny_event --nodes 0", ["--nodes 0"]),
+        ("plan --config lion_stage3", ["lion-flant5xl", "decoder-only"]),
+        ("plan --config tiny_event --nodse 2", ["unknown option --nodse", "nearest: --nodes"]),
         ("data biuld", ["nearest: build"]),
         ("data build", ["--source"]),
         ("data build --source world --out x --limmit 3", ["unknown option --limmit", "nearest: --limit"]),

@@ -160,10 +160,12 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if not claim.exists():
             foreign = sorted(path.name for path in out.iterdir() if path.name != "journal")
-            if foreign:
+            # Another part may have claimed the folder, and made one for its split, since we looked.
+            if foreign and not claim.exists():
                 raise UserError(f"{out}: is not empty ({foreign[0]}) and was not made by `eventlens data build`")
             claim.parent.mkdir(exist_ok=True)
-            write_json(claim, settings)
+            if not claim.exists():
+                write_json(claim, settings)
     except OSError as error:
         raise UserError(f"{out}: {error.strerror or error}") from error
     found, wanted = read_json(claim), json.loads(canonical_json(settings))

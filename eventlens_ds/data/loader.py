@@ -38,7 +38,7 @@ from eventlens_ds.data.records import TASKS, Batch, EncodedGroup, Group
 from eventlens_ds.data.shards import ShardSet
 from eventlens_ds.data.tag_noise import TagNoise
 from eventlens_ds.data.tokenizer import PieceTokenizer
-from eventlens_ds.data.workers import leave_with_parent
+from eventlens_ds.data.workers import heed_parent_alone
 from eventlens_ds.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
@@ -401,4 +401,4 @@ def _unpacked(fields: dict[str, Any]) -> Batch:
 
 def _start_worker(parent: int, _: int) -> None:
     torch.set_num_threads(1)
-    leave_with_parent(parent)
+    heed_parent_alone(parent)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
 import tarfile
 import zlib
@@ -85,7 +86,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Raises UserError naming path and cause when the disk is full or the folder cannot be written; nothing is left.
     """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Array tasks on other nodes may have our process id.
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with fresh.open("wb") as file:
             yield file

@@ -14,28 +14,20 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
+
+from eventlens_ds.launch.doctor_cluster import Finding, _attention, _deepspeed, _slurm
+from eventlens_ds.launch.doctor_cluster import run as _run
 
 STALE_MINUTES = 10
 """A build lock older than this has outlived any build of ours; the build that held it was killed."""
 
 NETWORK_FILESYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "fuse.sshfs")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report: `missing` is needed, `warn` will cost something later, `info` is only stated."""
-
-    name: str
-    state: Literal["ok", "info", "warn", "missing"]
-    detail: str
-    fix: str = ""
 
 
 def examine() -> list[Finding]:
@@ -48,6 +40,8 @@ def examine() -> list[Finding]:
         _compilers,
         _optional,
         _ops,
+        _attention,
+        _deepspeed,
         _torchvision,
         _java,
         _slurm,
@@ -77,15 +71,6 @@ def main(as_json: bool = False) -> tuple[str, int]:
         if item.fix:
             lines.append(f"{'':7} {'':{width}}  -> {item.fix}")
     return "\n".join(lines), code
-
-
-def _run(*command: str, seconds: float = 20) -> str | None:
-    """What a program prints, both streams; None when it is absent, fails or takes too long."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return (done.stdout + done.stderr).strip() if done.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:
@@ -214,13 +199,6 @@ def _java() -> Iterator[Finding]:
         yield Finding("java", "info", "not found; METEOR is left out and says so", fix)
 
 
-def _slurm() -> Iterator[Finding]:
-    sbatch = shutil.which("sbatch")
-    job = os.environ.get("SLURM_JOB_ID")
-    detail = (_run("sbatch", "--version") or sbatch) if sbatch else "not found"
-    yield Finding("slurm", "ok" if sbatch else "info", f"{detail}{f', inside job {job}' if job else ''}")
-
-
 def _offline() -> Iterator[Finding]:
     flags = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "WDS_SECURE")
     yield Finding("flags", "info", " ".join(f"{name}={os.environ.get(name, '')}" for name in flags))
@@ -228,7 +206,7 @@ def _offline() -> Iterator[Finding]:
 
 def _caches() -> Iterator[Finding]:
     extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    yield Finding("torch extensions", "info", str(extensions))
+    yield Finding("torch extensions", "info", f"{extensions} ({size_of(extensions)})")
     for lock, minutes in stale_locks(extensions):
         detail = f"{lock} is {minutes:.0f} minutes old: a build was killed, the next one waits for ever"
         yield Finding("stale lock", "warn", detail, f"rm {lock}")
@@ -238,7 +216,17 @@ def _caches() -> Iterator[Finding]:
         fix = "export TRITON_CACHE_DIR=/tmp/$USER-triton"
         yield Finding("triton cache", "warn", f"{triton} is on {kind}: ranks race for its files", fix)
     else:
-        yield Finding("triton cache", "info", f"{triton} ({kind})")
+        yield Finding("triton cache", "info", f"{triton} ({kind}, {size_of(triton)})")
+
+
+def size_of(folder: Path, most: int = 20000) -> str:
+    """Bytes below a folder, in words; a folder of more than `most` files is not counted to its end."""
+    total = 0
+    for number, path in enumerate(folder.rglob("*") if folder.is_dir() else ()):
+        if number >= most:
+            return f"more than {total / 2**20:.0f} MiB"
+        total += path.stat().st_size if path.is_file() else 0
+    return f"{total / 2**20:.0f} MiB"
 
 
 def stale_locks(folder: Path) -> list[tuple[Path, float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eventlens_ds.launch import doctor
+from eventlens_ds.launch import doctor, doctor_cluster
 
 
 def test_report_of_this_machine() -> None:
@@ -67,3 +67,31 @@ def test_program_that_hangs_or_fails_counts_as_absent() -> None:
     assert doctor._run("false") is None
     assert doctor._run("no-such-program-here") is None
     assert doctor._run("echo", "x") == "x"
+
+
+def test_slurm_that_answers_and_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"scontrol": "slurm 22.05.8", "sinfo": "main|4|gpu:8|infinite\ncpu|2|(null)|1-00:00:00"}
+    monkeypatch.setattr(doctor_cluster.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor_cluster, "run", lambda *words, seconds: answers.get(words[0]))
+    found = {item.name: item for item in doctor_cluster._slurm()}
+    assert found["partition main"].detail == "4 nodes, gpu:8, time limit infinite" and "slurm gpus" not in found
+    answers["sinfo"] = "cpu|2|(null)|1-00:00:00"
+    assert {item.name: item for item in doctor_cluster._slurm()}["slurm gpus"].state == "warn"
+    del answers["sinfo"]
+    silent = {item.name: item for item in doctor_cluster._slurm()}["slurm"]
+    assert silent.state == "warn" and "does not answer" in silent.detail and "scontrol ping" in silent.fix
+
+
+def test_essentials_of_deepspeed_and_the_attention_in_use() -> None:
+    found = {item.name: item for item in (*doctor_cluster._deepspeed(), *doctor_cluster._attention())}
+    assert (
+        found["deepspeed accelerator"].detail == "cpu, gloo"
+        and "the default path needs none" in found["deepspeed ops"].detail
+    )
+    assert found["attention on cpu"].detail == "auto takes blocks in fp32, blocks in bf16"
+
+
+def test_size_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(3 << 20))
+    assert doctor.size_of(tmp_path) == "3 MiB" and doctor.size_of(tmp_path / "absent") == "0 MiB"
+    assert doctor.size_of(tmp_path, most=0).startswith("more than")

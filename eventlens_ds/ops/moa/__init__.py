@@ -72,7 +72,8 @@ def moa(
     check_adapters(adapters, x)
     tokens = x.reshape(-1, x.shape[-1])
     check_gates(gates, segments, tokens, *adapters.up_bias.shape)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+    # Meta tensors, from which `eventlens plan` reads sizes, have no autocast.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
         tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
     name, chosen = paths.choose(_sizes(tokens, adapters, gates, segments), backend, path)
     if chosen == "dense":

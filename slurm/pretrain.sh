@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Event pretraining, or any recipe: sbatch [OPTIONS] slurm/pretrain.sh [RECIPE] [--section.key=value ...]
+# `bash slurm/pretrain.sh ...` submits itself with the names in site.sh; --print shows what it would submit, --chain N
+# submits N jobs that follow each other. Arguments are those of `eventlens train`.
+#SBATCH --job-name=pretrain
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+here=${EVENTLENS_SLURM:-$(dirname -- "${BASH_SOURCE[0]}")}
+if [ ! -f "$here/job.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then # this is a copy in Slurm's spool folder
+  here=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n '1s/.* Command=\([^ ]*\)\/[^ /]* .*/\1/p')
+  [ -f "$here/job.sh" ] || here=${SLURM_SUBMIT_DIR:-.}/slurm
+fi
+[ -f "$here/job.sh" ] || { echo "eventlens: error: $here/job.sh: no such file (see EVENTLENS_SLURM)" >&2; exit 2; }
+here=$(realpath -s "$here")
+# shellcheck source=slurm/job.sh
+. "$here/job.sh"
+train_job pretrain.sh event_pretrain "$@"
