@@ -155,12 +155,7 @@ class RunData:
     def group_tables(self) -> list[GroupTable]:
         """What the plan needs to know."""
         return [
-            GroupTable(
-                name=f"{i}",
-                fingerprint=table.fingerprint,
-                lengths=groups.lengths,
-                images=np.ones(len(groups), np.int16),
-            )
+            GroupTable(f"{i}", table.fingerprint, groups.lengths, np.ones(len(groups), np.int16))
             if episodes is None
             else episodes.table(f"{i}")
             for i, (table, groups, episodes) in enumerate(zip(self.tables, self.groups, self.episodes))

@@ -120,8 +120,8 @@ def _metric(folder: Path, task: str) -> dict[str, Any]:
 
 
 def summarise(out: Path, seconds: dict[str, float], steps: int) -> dict[str, Any]:
-    """The summary from the files of the evaluations. floor: the best constant box of the same rows; always the most
-    frequent training caption. start: what every arm begins with. steps: of the four stages together, and of the single stage."""
+    """The summary from the files of the evaluations. start: what every arm begins with. floor: the best constant box of
+    the same rows; always the most frequent training caption. steps: of the four stages together, and of the single."""
     last = out / "eval" / "stage4"
     caption, rec = _metric(last, "caption"), _metric(last, "rec")
     return {
