@@ -133,7 +133,7 @@ def kill(proof: Proof, data: Sequence[Path], kills: int, seconds: float, seed: i
         shutil.rmtree(victim.run, ignore_errors=True)
         victims.append(victim)
         code = None
-        while code is None or victim.attempts <= len(victim.kills):
+        while code is None:
             victim.attempts += 1
             process = proof.start(victim.run, data)
             code = _disturb(process, victim, draw, seconds, say) if left else process.wait()
