@@ -126,13 +126,14 @@ def reference(proof: Proof, data: Sequence[Path]) -> float:
 
 def kill(proof: Proof, data: Sequence[Path], kills: int, seconds: float, seed: int, say: Callable[[str], None]) -> list:
     """Victims that were killed `kills` times in all, each brought to its end."""
-    draw, victims, left = random.Random(seed), [], kills
+    victims: list[Victim] = []
+    draw, left = random.Random(seed), kills
     while left:
         victim = Victim(proof.out / f"victim-{len(victims)}")
         shutil.rmtree(victim.run, ignore_errors=True)
         victims.append(victim)
         code = None
-        while code is None or victim.attempts <= len(victim.kills):
+        while code is None:
             victim.attempts += 1
             process = proof.start(victim.run, data)
             code = _disturb(process, victim, draw, seconds, say) if left else process.wait()

@@ -146,7 +146,10 @@ class Attempt:
         heartbeat.here.reset()
 
     def _failed(self, error: BaseException) -> None:
-        self.fail(*exit_of(error))
+        code, reason = exit_of(error)
+        # The note that runtime/failures.py gives a crash which is one rank's own: "(rank 1 of 2)".
+        own = next((note for note in getattr(error, "__notes__", []) if note.startswith("(rank ")), "")
+        self.fail(code, f"{own[1:].partition(' of ')[0]}: {reason}" if own else reason)
 
     def fail(self, code: int, reason: str) -> None:
         """Write "failed", unless this attempt has ended or the run is another job's."""
