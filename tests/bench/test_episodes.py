@@ -14,7 +14,7 @@ import pytest
 from eventlens_ds.bench import episodes
 from eventlens_ds.errors import DataError, UserError
 
-SETTINGS = ["--train.rows_per_step=1", "--data.workers=0", "--data.row_tokens=256", "--data.episodes.shots=2"]
+SETTINGS = ["--train.rows_per_step=1", "--data.workers=0", "--data.row_tokens=1024", "--data.episodes.shots=3"]
 
 
 def test_three_arms_over_the_same_episodes(creatures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
