@@ -33,7 +33,7 @@ STEP = m.StepMetrics(
 )
 KEYS = (
     "step loss task_loss grad_norm lr tokens_per_s supervised_tokens regions_used regions_unused step_time data_wait "
-    "mfu memory sample_hash routing load_balance"
+    "mfu memory sample_hash routing load_balance refused"
 )
 
 
