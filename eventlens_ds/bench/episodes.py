@@ -76,7 +76,8 @@ def measure(
     config = load(recipe, [f"--data.train=[{folder}]", "--data.tasks=[lcl]", "--data.episodes.share=0", *settings])
     architecture, tokenizer, spec = describe(config, dry=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = initial.new_model(architecture, dtype=model_dtype(config), seed=config.train.seed).to(device)
+    model: Any = initial.new_model(architecture, dtype=model_dtype(config), seed=config.train.seed)
+    model.to(device)
     data = training_data(config, tokenizer, spec)
     plan = data.plan(seed=config.train.seed, rows_per_step=config.train.rows_per_step)
     rows = [row for step in range(steps) for row in plan.step(step)]
