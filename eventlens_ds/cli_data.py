@@ -74,6 +74,10 @@ def add_data(commands: Any) -> None:
     preview.add_argument("--split", default="train")
     preview.add_argument("--number", type=int, default=12, metavar="N", help="images (default 12)")
     preview.add_argument("--config", metavar="RECIPE", help="recipe whose model and layout are shown")
+    _add_neighbours(verbs)
+
+
+def _add_neighbours(verbs: Any) -> None:
     near = add(
         verbs, "neighbours", _data_neighbours, "mine look-alike classes, written as Link-Context Learning's pairs"
     )

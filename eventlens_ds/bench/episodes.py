@@ -15,7 +15,7 @@ import csv
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,13 @@ def measure(
     config = load(recipe, [f"--data.train=[{folder}]", "--data.tasks=[lcl]", "--data.episodes.share=0", *settings])
     architecture, tokenizer, spec = describe(config, dry=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = initial.new_model(architecture, dtype=model_dtype(config), seed=config.train.seed).to(device)
+    model: Any = initial.new_model(architecture, dtype=model_dtype(config), seed=config.train.seed)
+    model.to(device)
     data = training_data(config, tokenizer, spec)
     plan = data.plan(seed=config.train.seed, rows_per_step=config.train.rows_per_step)
     rows = [row for step in range(steps) for row in plan.step(step)]
     members = [member for row in rows for member in row.groups]
-    batches = {"packed": [data.batch(row.groups, 0).to(device) for row in rows]}
-    batches["alone"] = [data.batch([member], 0).to(device) for member in members]
-    longest = max(batch.real_tokens for batch in batches["alone"])
-    batches["padded"] = [_padded(data, member, longest).to(device) for member in members]
+    batches = {arm: [batch.to(device) for batch in found] for arm, found in _batches(data, rows).items()}
     chunk = config.train.vision_chunk
 
     def run(arm: str) -> float:
@@ -104,35 +102,53 @@ def measure(
     difference = max(losses.values()) - min(losses.values())
     if not difference < 1e-4 * max(1.0, abs(losses["packed"])):
         raise DataError(f"the arms differ by {difference:.2g} in their loss; no time is reported")
+    times = _timed(run, repeats, len(members))
+    shared = {
+        "strategy": config.data.episodes.strategy,
+        "shots": config.data.episodes.shots,
+        "episodes": len(members),
+        "repeats": repeats,
+        "max_loss_difference": f"{difference:.2e}",
+        "preset": config.model.preset,
+        "attention": architecture.text_config._attn_implementation,
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": code().get("commit"),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    return [{"arm": arm, **shared, **_facts(batches[arm], taken)} for arm, taken in times.items()]
+
+
+def _timed(run: Callable[[str], float], repeats: int, episodes: int) -> dict[str, list[float]]:
+    """Milliseconds an episode of every arm, the arms in turn."""
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for _ in range(repeats):
         for arm, taken in times.items():
             started = time.perf_counter()
             run(arm)
-            taken.append(1000 * (time.perf_counter() - started) / len(members))
+            taken.append(1000 * (time.perf_counter() - started) / episodes)
+    return times
+
+
+def _facts(batches: Sequence[Any], taken: Sequence[float]) -> dict[str, Any]:
+    """What an arm ran over, and quartiles of its milliseconds an episode."""
     names = ("ms_per_episode_p25", "ms_per_episode_p50", "ms_per_episode_p75")
-    return [
-        {
-            "arm": arm,
-            "strategy": config.data.episodes.strategy,
-            "shots": config.data.episodes.shots,
-            "episodes": len(members),
-            "images": sum(batch.pixel_values.shape[0] for batch in batches[arm]),
-            "tokens": sum(batch.real_tokens for batch in batches[arm]),
-            "padded_tokens": sum(batch.input_ids.shape[1] - batch.real_tokens for batch in batches[arm]),
-            **dict(zip(names, (f"{q:.2f}" for q in statistics.quantiles(taken, n=4)))),
-            "repeats": repeats,
-            "max_loss_difference": f"{difference:.2e}",
-            "preset": config.model.preset,
-            "attention": architecture.text_config._attn_implementation,
-            "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "commit": code().get("commit"),
-            "date": datetime.now(UTC).date().isoformat(),
-        }
-        for arm, taken in times.items()
-    ]
+    return {
+        "images": sum(batch.pixel_values.shape[0] for batch in batches),
+        "tokens": sum(batch.real_tokens for batch in batches),
+        "padded_tokens": sum(batch.input_ids.shape[1] - batch.real_tokens for batch in batches),
+        **dict(zip(names, (f"{q:.2f}" for q in statistics.quantiles(taken, n=4)))),
+    }
+
+
+def _batches(data: Any, rows: Sequence[Any]) -> dict[str, list[Any]]:
+    """The same episodes as the rows of the plan, one by one, and one by one padded to the longest."""
+    members = [member for row in rows for member in row.groups]
+    alone = [data.batch([member], 0) for member in members]
+    longest = max(batch.real_tokens for batch in alone)
+    padded = [_padded(data, member, longest) for member in members]
+    return {"packed": [data.batch(row.groups, 0) for row in rows], "padded": padded, "alone": alone}
 
 
 def _padded(data: Any, member: tuple[int, int], tokens: int) -> Any:

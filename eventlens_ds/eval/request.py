@@ -133,15 +133,7 @@ def check(
         controls = () if tasks else ("none",)
     decoding = Decoding(beams, max_new_tokens, repetition_penalty=repetition_penalty)
     run_dir = _run_folder(run, checkpoint)
-    if not controls and not generate and not tasks:
-        raise UserError("nothing to evaluate: name --controls, --events or --tasks")
-    for value, name in ((limit, "--limit"), (generate, "--events")):
-        if value < 0:
-            raise UserError(f"{name} {value}: must not be negative")
-    for option, named, known in (("--controls", controls, CONTROLS), ("--tasks", tasks, tuple(NEW_TOKENS))):
-        for each in named:
-            if each not in known:
-                raise UserError(f"{option} {each}: unknown; there are: {', '.join(known)}")
+    _refuse_unknown(controls, generate, tasks, limit)
     decoding.refuse()
     if leaderboard is not None and "none" not in controls:
         raise UserError("--leaderboard needs the control none, which is what the model predicts")
@@ -164,6 +156,18 @@ def check(
         episodes=tuple(dict.fromkeys(episodes)),
         answers=answers,
     )
+
+
+def _refuse_unknown(controls: Sequence[str], generate: int, tasks: Sequence[str], limit: int) -> None:
+    if not controls and not generate and not tasks:
+        raise UserError("nothing to evaluate: name --controls, --events or --tasks")
+    for value, name in ((limit, "--limit"), (generate, "--events")):
+        if value < 0:
+            raise UserError(f"{name} {value}: must not be negative")
+    for option, named, known in (("--controls", controls, CONTROLS), ("--tasks", tasks, tuple(NEW_TOKENS))):
+        for each in named:
+            if each not in known:
+                raise UserError(f"{option} {each}: unknown; there are: {', '.join(known)}")
 
 
 def _check_episodes(

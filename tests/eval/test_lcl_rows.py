@@ -112,7 +112,7 @@ def test_isekai_files_on_two_ranks_give_the_numbers_of_pairs_on_one(
         (r["image"], r["names"][r["label"]]) for r in isekai
     }
     again = tmp_path / "alone"
-    assert harness.main(run_folder, creatures, "isekai", out=again, tasks=["lcl"], shots=(2,)) == 0
+    assert harness.main(run_folder, creatures, split="isekai", out=again, tasks=["lcl"], shots=(2,)) == 0
     for a, b in zip(rows_of(again), isekai):
         assert {**a, "scores": 0} == {**b, "scores": 0}
         assert all(abs(x - y) < 1e-5 for x, y in zip(a["scores"], b["scores"]))
@@ -129,7 +129,7 @@ def test_refusals(run_folder: Path, creatures: Path) -> None:
     with pytest.raises(UserError, match="--shots 16: an episode of 33 images takes up to"):
         harness.main(run_folder, creatures, tasks=["lcl"], shots=(16,))
     with pytest.raises(DataError, match="holds no pairs and no ISEKAI rows"):
-        harness.main(run_folder, creatures, "train", tasks=["lcl"])
+        harness.main(run_folder, creatures, split="train", tasks=["lcl"])
 
 
 def test_neighbours_from_the_tower_of_a_run(run_folder: Path, creatures: Path, tmp_path: Path) -> None:
