@@ -45,7 +45,8 @@ class RegionVLMProcessor(ProcessorMixin):
     image_size in pixels per side; visual_tokens per image; linking add | insert | none; list_objects and event_context
     as in config.DataConfig; tag_tokens of a soft prompt (-1: none) and instruction_tokens of a Q-Former (0: none), read
     with the tokenizer in the folder question_words (empty: the language model's); encoder_decoder: the language model
-    is one. They must be those of training, so a processor is made by `eventlens export` or `from_spec`, rarely by hand.
+    is one; positions that it reads (0: no limit). They must be those of training, so a processor is made by `eventlens
+    export` or `from_spec`, rarely by hand.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class RegionVLMProcessor(ProcessorMixin):
         instruction_tokens: int = 0,
         question_words: str = "",
         encoder_decoder: bool = False,
+        positions: int = 0,
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
@@ -70,7 +72,7 @@ class RegionVLMProcessor(ProcessorMixin):
         self.linking, self.list_objects, self.event_context = linking, list_objects, event_context
         self.tag_tokens, self.instruction_tokens = tag_tokens, instruction_tokens
         self.question_words = question_words
-        self.encoder_decoder = encoder_decoder
+        self.encoder_decoder, self.positions = encoder_decoder, positions
         self._pieces: PieceTokenizer | None = None
 
     @classmethod
@@ -89,6 +91,7 @@ class RegionVLMProcessor(ProcessorMixin):
             instruction_tokens=spec.instruction_tokens,
             question_words=spec.question_tokenizer,
             encoder_decoder=spec.encoder_decoder,
+            positions=spec.positions,
         )
 
     @property
@@ -97,8 +100,8 @@ class RegionVLMProcessor(ProcessorMixin):
         style = PromptStyle(self.list_objects, cast(Any, self.event_context), self.tag_tokens)
         vision = VisionSpec(self.image_size, self.visual_tokens, mean, std)
         linking = cast(Linking, self.linking)
-        questions = self.question_words
-        return EncodeSpec(vision, linking, style, self.instruction_tokens, questions, self.encoder_decoder)
+        asked = (self.instruction_tokens, self.question_words)
+        return EncodeSpec(vision, linking, style, *asked, self.encoder_decoder, self.positions)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As ProcessorMixin; a tokenizer of questions goes into a folder of its own, and no path of this machine."""

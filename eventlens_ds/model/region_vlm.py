@@ -242,19 +242,19 @@ class RegionVLM(PreTrainedModel):
         if read is not None:
             encoded = encoded or self.encode(batch, vision_calls)
             hidden = self.states(self.embed(batch, encoded=encoded), batch)
-            return self.language_model.lm_head(hidden[read]).float(), encoded
+            return _wide(self.language_model.lm_head(hidden[read])), encoded
         embeds = self.embed(batch, vision_calls, encoded)
         balance = Balance(group_members(batch, embeds.device)) if with_balance else None
         hidden = self.states(embeds, batch, balance)
         # A row without targets still runs the head, on its first position.
         wanted = batch.target_from if batch.target_from.numel() else batch.target_from.new_zeros(1)
-        logits = self.language_model.lm_head(hidden[wanted]).float()
+        logits = _wide(self.language_model.lm_head(hidden[wanted]))
         logp = logits.log_softmax(-1)
         targets = batch.target_ids if batch.target_ids.numel() else batch.target_ids.new_zeros(1)
         token_logp = logp.gather(1, targets[:, None])[:, 0]
         if balance is not None:
             return token_logp, balance.mean()
-        return (token_logp, self.language_model.lm_head(hidden).float()) if with_logits else token_logp
+        return (token_logp, _wide(self.language_model.lm_head(hidden))) if with_logits else token_logp
 
     def states(self, embeds: torch.Tensor, batch: Batch, balance: Balance | None = None) -> torch.Tensor:
         """The language model's states [T, D] at the tokens of a row, each of which predicts the next token."""
@@ -284,6 +284,11 @@ class RegionVLM(PreTrainedModel):
         )
         routing = self._routing(batch.task_ids, balance)
         return inputs if routing is None else {**inputs, "routing": routing}
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 of a float64 model, whose tests compare to more digits than float32 has."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _vision_tower(config: RegionVLMConfig, dtype: torch.dtype) -> Any:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import eventlens_ds.model  # noqa: F401 - PEFT learns the type
+from eventlens_ds.data.records import TASKS
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.model import peft_moa
 from eventlens_ds.model.peft_moa import MoAConfig, MoALayer, task_ids
@@ -173,7 +174,7 @@ def test_generation_takes_a_task_per_prompt() -> None:
         ({"task_ids": torch.zeros(4, dtype=torch.int64)}, "pass moa_task_ids"),
         ({"adapter_names": ["default"] * 4}, "adapter_names does not route"),
         ({"moa_task_ids": torch.tensor([0, 1, 2])}, r"\[3\] for 4 rows of 9 tokens"),
-        ({"moa_task_ids": torch.tensor([0, 1, 2, 99])}, "0 to 99; tasks are 0 to 8"),
+        ({"moa_task_ids": torch.tensor([0, 1, 2, 99])}, f"0 to 99; tasks are 0 to {len(TASKS) - 1}"),
     ],
 )
 def test_a_forward_that_does_not_say_its_tasks_is_refused(given: dict[str, Any], said: str) -> None:

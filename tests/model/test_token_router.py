@@ -147,7 +147,7 @@ def balance_of(model: RegionVLM, batch: Any) -> torch.Tensor:
 @pytest.mark.P8
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_mixed_row_equals_the_pure_rows(routed: SmallRun, checkpointing: bool) -> None:
-    members, model = mixed_members(routed), awake(routed).train()
+    members, model = mixed_members(routed), awake(routed).double().train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     pure = [model(routed.batch([member]), with_balance=True) for member in members]
