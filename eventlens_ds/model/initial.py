@@ -25,7 +25,6 @@ from eventlens_ds.config.run_config import LoraConfig
 from eventlens_ds.errors import UserError
 from eventlens_ds.model import lora
 from eventlens_ds.model.configuration import RegionVLMConfig
-from eventlens_ds.model.positions import start_from_sines
 from eventlens_ds.model.region_vlm import RegionVLM
 from eventlens_ds.model.weights import gathered, rank_and_size
 
@@ -52,8 +51,6 @@ def new_model(
         if lora_config is not None and lora_config.rank:
             lora.inject(model.language_model, lora_config, seed)
         draw(model, seed, skip=from_files)
-        if not "vision_tower.".startswith(tuple(from_files)):
-            start_from_sines(model.vision_tower)
     return model
 
 

@@ -25,8 +25,6 @@ def kinds(model: RegionVLM) -> dict[str, float]:
     """Standard deviation by kind of parameter; the tiny preset is large enough for one per cent or two."""
     groups: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
-        if "position_embedding" in name:
-            continue  # not drawn: see test_positions.py
         part, leaf = name.split(".")[0], name.split(".")[-1]
         inside = "embedding" if "embed" in name else "norm" if "norm" in name or "layrnorm" in name else "linear"
         kind = leaf.split("_", 1)[-1].removeprefix("answer_").removeprefix("rationale_") if part == "adapters" else leaf
@@ -57,7 +55,7 @@ def test_values_depend_on_the_seed_only() -> None:
     # Nothing else in the process sees that values were drawn.
     assert torch.equal(torch.get_rng_state(), before)
     other = tiny.digests(built(seed=2))
-    drawn = {n for n, p in built().named_parameters() if p.detach().float().std() > 0 and "position" not in n}
+    drawn = {n for n, p in built().named_parameters() if p.detach().float().std() > 0}
     assert all(other[n] != first[n] for n in drawn)
 
 
