@@ -39,9 +39,18 @@ def gradients(model: RegionVLM, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def largest_relative(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    """Largest difference of gradients, each relative to the largest value of its tensor and at least to 1e-3."""
+    """Largest difference of gradients, each relative to the largest value of its tensor and at least to 1e-3.
+
+    The gradient of an adapter's scale is one sum over all tokens and channels, whose terms cancel to a number that says
+    nothing of its rounding: it is taken relative to the largest value of all tensors of its adapter."""
     assert one.keys() == two.keys()
-    return max(float((one[n] - two[n]).abs().max() / one[n].abs().max().clamp(min=1e-3)) for n in one)
+
+    def size(name: str) -> torch.Tensor:
+        adapter = name.removesuffix("scale")
+        alike = [one[n] for n in one if n == name or (adapter != name and n.startswith(adapter))]
+        return torch.stack([grad.abs().max() for grad in alike]).max().clamp(min=1e-3)
+
+    return max(float((one[n] - two[n]).abs().max() / size(n)) for n in one)
 
 
 def weighted(logp: torch.Tensor) -> torch.Tensor:
