@@ -26,6 +26,7 @@ from typing import Any
 
 from eventlens_ds.errors import UserError
 from eventlens_ds.runtime.distributed import first_host
+from eventlens_ds.runtime.failures import leave
 from eventlens_ds.train import door
 
 SECONDS = 120
@@ -248,4 +249,4 @@ def _check(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(door.guarded(lambda: main(sys.argv[1:])))
+    leave(lambda: door.guarded(lambda: main(sys.argv[1:])))

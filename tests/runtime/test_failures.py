@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from eventlens_ds.errors import DataError, LeaseError, UserError
-from eventlens_ds.runtime import distributed, failures, local_ranks
+from eventlens_ds.runtime import distributed, failures, heartbeat, local_ranks
 
 ROOT = Path(__file__).parents[2]
 SAME = "no such folder"
@@ -153,8 +153,17 @@ def test_without_the_store_everyone_speaks(raised: dict[str, list[dict[str, Any]
         (SystemExit(7), 7, "SystemExit: 7"),
     ],
 )
-def test_exit_code_and_line(error: BaseException, code: int, line: str) -> None:
+def test_exit_code_and_line(error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other tests of this process may have trained: a process at work adds where it was.
+    monkeypatch.setattr(heartbeat, "here", heartbeat.Here())
     assert failures.exit_of(error) == (code, line)
+
+
+def test_the_line_of_a_crash_says_where_the_rank_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "here", heartbeat.Here())
+    heartbeat.mark(heartbeat.SAVE, 7)
+    assert failures.exit_of(ValueError("torn")) == (1, "ValueError: torn (in step 7, phase save)")
+    assert failures.exit_of(UserError("no such folder")) == (2, "no such folder")
 
 
 def test_alone_nothing_is_added() -> None:
