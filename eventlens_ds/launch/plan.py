@@ -335,8 +335,13 @@ def main(args: Any, settings: Sequence[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     config = load.load(args.config, settings)
     nodes, per_node = args.nodes, args.gpus_per_node
-    logging.getLogger("eventlens_ds").setLevel(logging.WARNING)  # what runs on the meta device is no decision
-    made = make(config, nodes, per_node, args.gpu, images=args.images, calibrate=args.calibrate)
+    logger = logging.getLogger("eventlens_ds")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # what runs on the meta device is no decision
+    try:
+        made = make(config, nodes, per_node, args.gpu, images=args.images, calibrate=args.calibrate)
+    finally:
+        logger.setLevel(level)
     if args.plot:
         plot(made, args.plot, args.gpu)
     print(as_json(made) if args.json else text(made, config, nodes, per_node, args.gpu))
