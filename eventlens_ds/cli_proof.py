@@ -35,8 +35,7 @@ def add_proofs(commands: Any) -> None:
         parser.add_argument("--config", metavar="RECIPE", default="prove", help="default: prove, a 40-step tiny model")
         parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes on this machine (default 2)")
         parser.add_argument("--out", type=Path, default=Path("runs/prove"), metavar="DIR")
-    for parser in (resume,):
-        parser.add_argument("--seed", type=int, default=0, metavar="S", help="of times and targets (default 0)")
+    resume.add_argument("--seed", type=int, default=0, metavar="S", help="of times and targets (default 0)")
     compare = add(commands, "compare", _compare, "what differs between two runs, and nothing else")
     compare.add_argument("a", type=Path, metavar="RUN_A")
     compare.add_argument("b", type=Path, metavar="RUN_B")
