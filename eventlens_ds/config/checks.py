@@ -76,7 +76,7 @@ _AT_LEAST: dict[str, float] = {
 }
 _ABOVE_ZERO = ("train.lr", "train.timeout_minutes", "io.lease_seconds", "objective.temperature", "model.lora.alpha")
 _SHARES = ("data.error_budget", "train.min_lr", "data.tag_noise", "data.episodes.share", "data.episodes.hard")
-_DROPOUTS = ("model.dropout", "model.adapters.dropout", "model.lora.dropout")
+_BELOW_ONE = ("model.dropout", "model.adapters.dropout", "model.lora.dropout", "model.qk_correlation")
 
 
 def problems(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -212,7 +212,7 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
     for key in _SHARES:
         if not 0 <= _value(config, key) <= 1:
             yield key, f"{_value(config, key)}: must be between 0 and 1"
-    for key in _DROPOUTS:
+    for key in _BELOW_ONE:
         if not 0 <= _value(config, key) < 1:
             yield key, f"{_value(config, key)}: must be at least 0 and below 1"
     if not all(0 <= beta < 1 for beta in config.train.betas):

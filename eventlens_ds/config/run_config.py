@@ -102,6 +102,9 @@ class ModelConfig:
     pooled from all patches. 0 takes the preset's."""
     image_size: int = 0
     """Pixels per side; 0 takes the preset's or the folder's."""
+    qk_correlation: float = 0.0
+    """Correlation of query and key weights in a language model that starts from random weights (mimetic initialization,
+    Trockman and Kolter, 2023): with .7 small models learn to match in context in fewer steps. 0: independent."""
     visual_input: Literal["projector", "aggregator", "qformer", "all"] = "projector"
     """Visual tokens of an image: patches of one level through the projector, the aggregator's grid, the Q-Former's
     queries, or queries and grid (LION). A branch that is present and not used here is frozen."""

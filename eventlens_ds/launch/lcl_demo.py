@@ -3,9 +3,10 @@
 In: an output folder. Out: OUT/summary.json, a plot and a table. The stages are processes:
   1. data build   creatures -> shards; train and test classes share no combination of features
   2. train        tiny_lcl_0: captions of features, in place of a published tower and language model
-  3. train        tiny_lcl: [mix] of episodes and captions
-  4. train        with --released the same with the released splice: only the last image embedded
-  5. eval         0, 1, 2, 4, 8 shots on unseen classes: as they are, demonstration images blanked, demonstration labels
+  3. train        tiny_lcl_1: short episodes of classes that look different
+  4. train        tiny_lcl: [mix] of episodes and captions
+  5. train        with --released the last two again with the released splice: only the last image embedded
+  6. eval         0, 1, 2, 4, 8 shots on unseen classes: as they are, demonstration images blanked, demonstration labels
                   shuffled, the released splice; all labels swapped, places of the right class; the same rows as ISEKAI
                   files
 Decision: nothing is computed here: every number of the summary is read from files that the commands wrote, and a bound
@@ -70,14 +71,16 @@ def run(out: Path, seed: int, ranks: int, classes: int, steps: float, test_class
     ]  # fmt: skip
     progress.stage(stages, "Draw creatures and write shards", lambda title: stages.run(title, *build))
     _train(progress, stages, "captions", "tiny_lcl_0", seed, steps)
-    _train(progress, stages, "lcl", "tiny_lcl", seed, steps, "--init-from", str(out / "captions"))
+    _train(progress, stages, "easy", "tiny_lcl_1", seed, steps, "--init-from", str(out / "captions"))
+    _train(progress, stages, "lcl", "tiny_lcl", seed, steps, "--init-from", str(out / "easy"))
     _evaluate(progress, stages, "lcl", ",".join(CONDITIONS.values()))
     _evaluate(progress, stages, "lcl", "correct_0,place_first,place_middle,place_last", name="ablations", shots="4")
     isekai = ["--split", "isekai", "--answers", str(ANSWERS)]
     _evaluate(progress, stages, "lcl", "none", *isekai, name="isekai", shots="4")
     if released:
-        more = ["--data.control=released_splice", "--init-from", str(out / "captions")]
-        _train(progress, stages, "released", "tiny_lcl", seed, steps, *more)
+        spliced = ("--data.control=released_splice", "--init-from")
+        _train(progress, stages, "released_easy", "tiny_lcl_1", seed, steps, *spliced, str(out / "captions"))
+        _train(progress, stages, "released", "tiny_lcl", seed, steps, *spliced, str(out / "released_easy"))
         _evaluate(progress, stages, "released", "none,released_splice", shots="0,4")
     summary = summarise(out, progress.state["seconds"], ranks, released)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -30,7 +30,7 @@ class RegionVLMConfig(PreTrainedConfig):
     vocabulary. soft_prompt: tags are listed behind a learned vector.
     linking: add | insert | none. roi: source, output_size, sampling_ratio, pool, levels (see config.RoIConfig).
     adapters: bottleneck, source, dropout, router, experts, top_k, renormalise (see config.AdapterConfig); tasks: those
-    with an adapter of their own, in the order of the adapters.
+    with an adapter of their own, in the order of the adapters. qk_correlation: see model/mimetic.py.
     """
 
     model_type = "eventlens_region_vlm"
@@ -52,6 +52,7 @@ class RegionVLMConfig(PreTrainedConfig):
         tasks: list[str] | None = None,
         dropout: float = 0.0,
         initializer_range: float = 0.02,
+        qk_correlation: float = 0.0,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         **kwargs: Any,
@@ -74,6 +75,7 @@ class RegionVLMConfig(PreTrainedConfig):
         self.tasks = list(self.adapters.pop("tasks", None) or tasks or ADAPTED)
         self.dropout = dropout
         self.initializer_range = initializer_range
+        self.qk_correlation = qk_correlation
         self.image_mean = list(image_mean or (0.48145466, 0.4578275, 0.40821073))
         self.image_std = list(image_std or (0.26862954, 0.26130258, 0.27577711))
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))

@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from eventlens_ds.config.run_config import LoraConfig
 from eventlens_ds.errors import UserError
-from eventlens_ds.model import lora
+from eventlens_ds.model import lora, mimetic
 from eventlens_ds.model.configuration import RegionVLMConfig
 from eventlens_ds.model.region_vlm import RegionVLM
 from eventlens_ds.model.weights import gathered, rank_and_size
@@ -51,6 +51,8 @@ def new_model(
         if lora_config is not None and lora_config.rank:
             lora.inject(model.language_model, lora_config, seed)
         draw(model, seed, skip=from_files)
+        if architecture.qk_correlation:
+            mimetic.correlate(model.language_model, architecture.qk_correlation)
     return model
 
 

@@ -230,6 +230,9 @@ def model_config(
     encoder_decoder = bool(getattr(text, "is_encoder_decoder", False))
     if encoder_decoder:
         _check_t5(text, model, tokenizer)
+    if model.qk_correlation and (encoder_decoder or model.language_path or model.init_from):
+        why = "T5 has no such start" if encoder_decoder else "a published language model keeps its own weights"
+        raise UserError(f"model.qk_correlation {model.qk_correlation}: {why}; set it to 0")
     text._attn_implementation = choose_form(model.attention, device, dtype, encoder_decoder=encoder_decoder)
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = False
@@ -248,6 +251,7 @@ def model_config(
         adapters=asdict(model.adapters),
         dropout=model.dropout,
         initializer_range=known.initializer_range,
+        qk_correlation=model.qk_correlation,
         image_mean=list(mean),
         image_std=list(std),
     )

@@ -7,6 +7,7 @@ classes in a slow test; what the recipes reach is measured by the full run and s
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,11 @@ def test_a_missed_bound_is_said(evaluated: Path, stem, accuracy, interval, n, bo
     assert f"MISSED  {bound}" in lcl_demo.table(summary)
 
 
-def test_both_stages_are_one_model() -> None:
-    captions, mix = load("tiny_lcl_0"), load("tiny_lcl")
-    assert captions.model == mix.model and set(mix.data.tasks) == {"lcl", "caption"}
+def test_the_stages_are_one_model() -> None:
+    captions, easy, mix = load("tiny_lcl_0"), load("tiny_lcl_1"), load("tiny_lcl")
+    # How weights start matters to the first stage alone.
+    assert replace(captions.model, qk_correlation=0.0) == easy.model == mix.model
+    assert set(mix.data.tasks) == {"lcl", "caption"} and mix.data.episodes.share == 0.5
 
 
 @pytest.mark.slow

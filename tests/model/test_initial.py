@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from eventlens_ds.config.run_config import ModelConfig
+from eventlens_ds.data.tokenizer import load_tokenizer
 from eventlens_ds.errors import UserError
 from eventlens_ds.model import initial
+from eventlens_ds.model.presets import model_config
 from eventlens_ds.model.region_vlm import RegionVLM
 from tests.model import tiny_folders as tiny
 
@@ -75,3 +78,37 @@ def test_a_parameter_nobody_initialises_is_an_error(monkeypatch: pytest.MonkeyPa
     ours.projector.extra = nn.Parameter(torch.zeros(3))
     with pytest.raises(UserError, match="projector.extra has no initial value"):
         initial.draw(ours, 0)
+
+
+def correlations(model: RegionVLM) -> list[float]:
+    """Of query and key weights, per layer of the language model; the first query head of each key head."""
+    found = []
+    for layer in model.language_model.model.layers:
+        attention = layer.self_attn
+        key = attention.k_proj.weight.detach()
+        query = attention.q_proj.weight.detach().view(key.shape[0] // attention.head_dim, -1, attention.head_dim, 128)
+        found.append(float(torch.corrcoef(torch.stack([query[:, 0].flatten(), key.flatten()]))[0, 1]))
+    return found
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_query_and_key_weights_start_as_correlated_as_asked(key_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = built().config
+    config.text_config.num_key_value_heads = key_heads
+    plain = initial.new_model(config, dtype=torch.float32, seed=1)
+    config.qk_correlation = 0.7
+    alike = initial.new_model(config, dtype=torch.float32, seed=1)
+    assert correlations(alike) == pytest.approx([0.7] * 3, abs=0.05)
+    assert correlations(plain) == pytest.approx([0.0] * 3, abs=0.05)
+    before, after = dict(plain.named_parameters()), dict(alike.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"language_model.model.layers.{i}.self_attn.k_proj.weight" for i in range(3)}
+    for name in changed:
+        assert after[name].std().item() == pytest.approx(before[name].std().item(), rel=0.03), name
+
+
+def test_published_and_t5_models_refuse_a_correlation() -> None:
+    for model, why in (({"language_path": "somewhere"}, "its own weights"), ({"preset": "tiny-t5"}, "T5 has no")):
+        config = ModelConfig(qk_correlation=0.5, **model)
+        with pytest.raises(UserError, match=f"qk_correlation 0.5: .*{why}"):
+            model_config(config, load_tokenizer(""), from_scratch_is_fine=True)

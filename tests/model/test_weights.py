@@ -53,7 +53,8 @@ class Layouts:
         siglip.save_pretrained(self.root / "siglip", max_shard_size="8KB")
         for name in ("clip_full", "clip_vision", "clip_bin"):
             self._add(name, tiny.of_vision(clip), vision_path=str(self.root / name))
-        self._add("siglip", tiny.of_vision(siglip), vision_path=str(self.root / "siglip"))
+        # The language model starts from random weights here; its keys are mixed before they are partitioned.
+        self._add("siglip", tiny.of_vision(siglip), vision_path=str(self.root / "siglip"), qk_correlation=0.5)
 
     def _languages(self) -> None:
         llama, tied, qwen = (
