@@ -151,7 +151,7 @@ def test_weights_of_zero_that_would_teach_nothing() -> None:
 def test_every_number_has_a_range() -> None:
     """A new int or float setting must be given a range: this fails until checks.py looks at it."""
     numbers = {key for key, kind in configuration.leaves().items() if kind in (int, float)}
-    ranged = {*checks._AT_LEAST, *checks._ABOVE_ZERO, *checks._SHARES, *checks._DROPOUTS, "model.roi.sampling_ratio"}
+    ranged = {*checks._AT_LEAST, *checks._ABOVE_ZERO, *checks._SHARES, *checks._BELOW_ONE, "model.roi.sampling_ratio"}
     assert numbers == ranged
 
 

@@ -5,6 +5,7 @@ That two ZeRO-3 ranks hold the same bits as one whole model is tested in test_we
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,8 +108,10 @@ def test_query_and_key_weights_start_as_correlated_as_asked(key_heads: int, monk
         assert after[name].std().item() == pytest.approx(before[name].std().item(), rel=0.03), name
 
 
-def test_published_and_t5_models_refuse_a_correlation() -> None:
-    for model, why in (({"language_path": "somewhere"}, "its own weights"), ({"preset": "tiny-t5"}, "T5 has no")):
+def test_published_and_t5_models_refuse_a_correlation(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("")
+    tiny.llama(len(tokenizer)).save_pretrained(tmp_path)
+    for model, why in (({"language_path": str(tmp_path)}, "its own weights"), ({"preset": "tiny-t5"}, "T5 has no")):
         config = ModelConfig(qk_correlation=0.5, **model)
         with pytest.raises(UserError, match=f"qk_correlation 0.5: .*{why}"):
-            model_config(config, load_tokenizer(""), from_scratch_is_fine=True)
+            model_config(config, tokenizer, from_scratch_is_fine=True)
