@@ -8,6 +8,7 @@ Decision: a storage error while saving is kept, not raised, because the other ra
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import os
 import pickle
 from collections.abc import Iterator
@@ -37,6 +38,17 @@ def allowed() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return [ZeroStageEnum, LossScaler, fragment_address]
+
+
+def _pickle_stage_by_value() -> None:
+    """Enums are written as Class(value), as newer Pythons do. Some, 3.11.2 of Debian 12 among them, write
+    getattr(Class, name), and getattr is nothing that a checkpoint may call."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    def by_value(stage: Any) -> tuple[Any, tuple[Any]]:
+        return ZeroStageEnum, (stage.value,)
+
+    copyreg.pickle(ZeroStageEnum, by_value)
 
 
 @contextlib.contextmanager
@@ -82,6 +94,7 @@ class Files(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         heartbeat.mark(heartbeat.SAVE)
+        _pickle_stage_by_value()
         file = HashingFile(Path(path))
         torch.save(state_dict, cast(IO[bytes], file))
         file.close()
