@@ -101,6 +101,8 @@ def _add_use(commands: Any) -> None:
     evaluate.add_argument("--max-new-tokens", type=int, default=0, metavar="N", help="for --tasks (default: per task)")
     evaluate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="for --beams (default 1)")
     add_episodes(evaluate)
+    view = "projector, aggregator, qformer or all, of a run that has several (default: as trained)"
+    evaluate.add_argument("--visual-input", default="", metavar="VIEW", help=view)
     evaluate.add_argument("--checkpoint", default="latest", metavar="X", help="latest, best or a path")
     evaluate.add_argument("--leaderboard", type=Path, metavar="FILE", help="VCR leaderboard csv of a blind split")
     evaluate.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
@@ -164,6 +166,7 @@ def _eval(args: argparse.Namespace, _rest: list[str]) -> int:
         "checkpoint": args.checkpoint,
         "zero3": args.zero3,
         "leaderboard": args.leaderboard,
+        "visual_input": args.visual_input,
         **episode_options(args),
     }
     run, data = existing(args.run), existing(args.data)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from eventlens_ds.config import load as config_load
 from eventlens_ds.config.run_config import RunConfig
@@ -76,6 +76,8 @@ class Request:
     episodes: tuple[str, ...] = ()
     answers: int = 0
     """Of task lcl: shots per class, conditions (eval/episode_conditions.py), queries answered in words too."""
+    visual_input: str = ""
+    """The view of an image when it is not that of the run, see `_with_view`."""
 
     @property
     def answered(self) -> tuple[str, ...]:
@@ -97,6 +99,8 @@ class Request:
             made += ["--tasks", ",".join(self.tasks), "--beams", str(self.decoding.beams)]
             made += ["--max-new-tokens", str(self.decoding.max_new_tokens)]
             made += ["--repetition-penalty", str(self.decoding.repetition_penalty)]
+        if self.visual_input:
+            made += ["--visual-input", self.visual_input]
         return [*made, "--checkpoint", self.checkpoint, *(["--zero3"] if self.zero3 else [])]
 
 
@@ -118,6 +122,7 @@ def check(
     shots: Sequence[int] = (),
     episodes: Sequence[str] = (),
     answers: int = 0,
+    visual_input: str = "",
 ) -> Request:
     """The request, or UserError / DataError naming what cannot be: a run without configuration or checkpoint, an
     unknown control or task, a folder or split that does not exist. Loads no model.
@@ -126,7 +131,8 @@ def check(
     generate: events to complete and to rank candidates for (0: none). tasks, beams, max_new_tokens,
     repetition_penalty: see `Decoding`. checkpoint: latest (newest that verifies), best, or a path. zero3:
     partition the model. leaderboard: file for the predictions on a blind split. shots, episodes, answers: of task lcl,
-    see `Request`; empty: 0, 1, 2, 4, 8 shots and the condition none.
+    see `Request`; empty: 0, 1, 2, 4, 8 shots and the condition none. visual_input: view of an image by a run that has
+    both Q-Former and aggregator; empty: the one it was trained with.
     """
     episodes = _check_episodes(tasks, shots, episodes, answers)
     if controls is None:
@@ -141,7 +147,7 @@ def check(
     return Request(
         run=run,
         run_dir=run_dir,
-        config=config_load.load(str(run_dir / "config.yaml")),
+        config=_with_view(config_load.load(str(run_dir / "config.yaml")), visual_input),
         data=data,
         split=split,
         limit=limit,
@@ -155,7 +161,24 @@ def check(
         shots=tuple(sorted(set(shots or episode_conditions.SHOTS))) if "lcl" in tasks else (),
         episodes=tuple(dict.fromkeys(episodes)),
         answers=answers,
+        visual_input=visual_input,
     )
+
+
+def _with_view(config: RunConfig, visual_input: str) -> RunConfig:
+    """The configuration with another view of an image; UserError when the run has no weights for it. A run that holds
+    Q-Former and aggregator and trained through one of them may be asked through the other, or through both."""
+    if not visual_input:
+        return config
+    held = {"projector": config.model.visual_input == "projector", "qformer": config.model.qformer.queries > 0}
+    held["aggregator"] = bool(config.model.aggregator.layers)
+    held["all"] = held["qformer"] and held["aggregator"]
+    if not held.get(visual_input, False):
+        known = ", ".join(view for view, there in held.items() if there)
+        raise UserError(f"--visual-input {visual_input}: this run has {known}")
+    # Any: a dataclass does not narrow a string that was just compared with its values.
+    view: Any = visual_input
+    return replace(config, model=replace(config.model, visual_input=view))
 
 
 def _refuse_unknown(controls: Sequence[str], generate: int, tasks: Sequence[str], limit: int) -> None:

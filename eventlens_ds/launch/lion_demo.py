@@ -6,7 +6,9 @@ In: an output folder. Out: OUT/summary.json and a table. The stages are processe
   3. train        tiny_lion_1 .. tiny_lion_4, each from the one before
   4. train        tiny_lion_single from the same start, as many steps as the four together
   5. train        tiny_lion_3 and tiny_lion_4 from stage 2 with the gates left one-hot: no router
-  6. eval         captions, questions (VQA), boxes (REC) and expressions (REG) at the start, after every stage and arm
+  6. eval         captions, questions (VQA), boxes (REC) and expressions (REG) at the start, after every stage and arm;
+                  after stage 2 captions and questions through the Q-Former, which that stage leaves as stage 1 trained
+                  it, and beside them through the aggregator, which no image-level task has trained by then
 Decision: OUT/stages.json says what is done, as in world_small, and no number is computed here: an arm that loses to
 another is printed like one that wins.
 """
@@ -17,6 +19,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +31,8 @@ from eventlens_ds.train.door import settle_accelerator
 TASKS = ("caption", "vqa", "rec", "reg")
 NUMBERS = ("caption_cider", "vqa_acc", "rec_acc50", "reg_cider")
 STAGES = ("1", "2", "3", "4")
+IMAGE_LEVEL = "stage2_image_level"
+"""Evaluation of the image-level tasks after stage 2 through the branch that was trained for them."""
 NO_ROUTER = "--stage.train=[qformer, aggregator, image_adapter, region_adapter{}]"
 
 
@@ -86,7 +91,8 @@ def run(out: Path, seed: int, ranks: int, images: int, steps: float) -> int:
     for arm in arms(total):
         _train(progress, stages, arm, seed, lengths.get(arm.recipe, total))
         if arm.scored:
-            _evaluate(progress, stages, arm.name)
+            _evaluate(progress, stages, arm.name, TASKS)
+    _evaluate(progress, stages, "stage2", TASKS[:2], IMAGE_LEVEL, "--visual-input", "qformer")
     summary = summarise(out, progress.state["seconds"], total)
     summary["image_adapter_unchanged_in_stage2"] = unchanged(out / "stage1", out / "stage2", "image_level_")
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -101,16 +107,20 @@ def _train(progress: Progress, stages: Stages, arm: Arm, seed: int, steps: int) 
     progress.stage(stages, arm.name, lambda title: stages.train(title, arm.recipe, run_dir, *settings, *start))
 
 
-def _evaluate(progress: Progress, stages: Stages, name: str) -> None:
+def _evaluate(
+    progress: Progress, stages: Stages, run_name: str, tasks: Sequence[str], name: str = "", *more: str
+) -> None:
     """Held-out pictures, into OUT/eval/NAME."""
-    command = ["eval", str(stages.out / name), "--data", str(stages.out / "world"), "--tasks", ",".join(TASKS)]
-    command += ["--ranks", str(stages.ranks), "--out", str(stages.out / "eval" / name)]
+    name = name or run_name
+    command = ["eval", str(stages.out / run_name), "--data", str(stages.out / "world"), "--tasks", ",".join(tasks)]
+    command += ["--ranks", str(stages.ranks), "--out", str(stages.out / "eval" / name), *more]
     progress.stage(stages, f"eval {name}", lambda title: stages.run(title, *command))
 
 
-def numbers(folder: Path) -> dict[str, float]:
-    """The four numbers of an evaluation."""
-    caption, vqa, rec, reg = (_metric(folder, task) for task in TASKS)
+def numbers(folder: Path, image_level: Path | None = None) -> dict[str, float]:
+    """The four numbers of an evaluation; captions and questions of another one where that is given."""
+    folders = (image_level or folder, image_level or folder, folder, folder)
+    caption, vqa, rec, reg = (_metric(folder, task) for folder, task in zip(folders, TASKS, strict=True))
     return dict(zip(NUMBERS, (caption["cider"], vqa["accuracy"], rec["accuracy"], reg["cider"]), strict=True))
 
 
@@ -122,11 +132,15 @@ def _metric(folder: Path, task: str) -> dict[str, Any]:
 def summarise(out: Path, seconds: dict[str, float], steps: int) -> dict[str, Any]:
     """The summary from the files of the evaluations. start: what every arm begins with. floor: the best constant box of
     the same rows; always the most frequent training caption. steps: of the four stages together, and of the single."""
-    last = out / "eval" / "stage4"
+    last, second = out / "eval" / "stage4", out / "eval" / "stage2"
     caption, rec = _metric(last, "caption"), _metric(last, "rec")
+    scores = {n: numbers(out / "eval" / f"stage{n}") for n in STAGES}
+    scores["2"] = numbers(second, out / "eval" / IMAGE_LEVEL)
+    through = numbers(second)
     return {
         "start": numbers(out / "eval" / "stage0"),
-        "stages": {n: numbers(out / "eval" / f"stage{n}") for n in STAGES},
+        "stages": scores,
+        "stage2_through_aggregator": {name: through[name] for name in NUMBERS[:2]},
         "single_stage": numbers(out / "eval" / "single_stage"),
         "no_router": numbers(out / "eval" / "no_router"),
         "floor": {"rec_constant_box": rec["floor"]["accuracy"], "caption_most_frequent": caption["floor"]["cider"]},
@@ -162,6 +176,8 @@ def table(summary: dict[str, Any]) -> list[str]:
     for name, values in rows.items():
         cells = [values[number] for number in NUMBERS]
         lines.append("{:<28} {:>13.3f} {:>7.3f} {:>8.3f} {:>10.3f}".format(name, *cells))
+    through = summary["stage2_through_aggregator"]
+    lines.append("{:<28} {:>13.3f} {:>7.3f}".format("stage 2, by the aggregator", *through.values()))
     floor = summary["floor"]
     lines.append(f"{'floor':<28} {floor['caption_most_frequent']:>13.3f} {'':>7} {floor['rec_constant_box']:>8.3f}")
     n = ", ".join(f"{task} {count}" for task, count in summary["n"].items())

@@ -85,6 +85,9 @@ def answer_of(scene: Scene, question: str) -> str:
     if asked := re.fullmatch(r"what is the shirt color of the person with the (\w+)\?", question):
         (person,) = (p for p in scene.people if p.object == asked[1])
         return person.shirt
+    if asked := re.fullmatch(r"what is the person with the (\w+) doing\?", question):
+        (person,) = (p for p in scene.people if p.object == asked[1])
+        return next(word for word, pose in DOING.items() if pose == person.pose)
     asked = re.fullmatch(r"what (is|object is with) the person in (\w+)(?: doing)?\?", question)
     assert asked is not None, question
     (person,) = (p for p in scene.people if p.shirt == asked[2])
@@ -118,6 +121,7 @@ CHANCE = {
     "is there * *?": 1 / 2,
     "what is the shirt color of the person with the *?": 1 / len(SHIRTS),
     "what is the person in * doing?": 1 / len(POSES),
+    "what is the person with the * doing?": 1 / len(POSES),
     "what object is with the person in *?": 1 / len(OBJECTS),
 }
 

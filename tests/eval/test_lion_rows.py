@@ -7,15 +7,18 @@ these rows make their samples by hand; this one goes from the drawn files to the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eventlens_ds.config.load import load
 from eventlens_ds.data.prompts import text_of
 from eventlens_ds.data.records import LM_TASKS
+from eventlens_ds.errors import UserError
 from eventlens_ds.eval import event_rows, language_lines, language_rows
-from eventlens_ds.eval.request import Decoding
+from eventlens_ds.eval.request import Decoding, _with_view
 from eventlens_ds.eval.score import Ranks, eval_data
 from tests.model.test_lion import awake, lion_config
 from tests.small_world import SmallRun, small_run
@@ -72,3 +75,15 @@ def test_tags_of_the_drawn_world_reach_the_prompt(lion: SmallRun) -> None:
     group = data.group(0, 0)
     rendered = language_rows.rendered_group(group, data.tokenizer, data.spec)
     assert group.images[0].tags and ", ".join(group.images[0].tags) in text_of(rendered.prefix)
+
+
+def test_a_run_with_both_branches_is_asked_through_either() -> None:
+    config = load("tiny_lion_2")
+    assert config.model.visual_input == "aggregator"
+    for view in ("qformer", "all", "aggregator"):
+        assert _with_view(config, view) == replace(config, model=replace(config.model, visual_input=view))
+    assert _with_view(config, "") is config
+    with pytest.raises(UserError, match="--visual-input projector: this run has qformer, aggregator, all"):
+        _with_view(config, "projector")
+    with pytest.raises(UserError, match="--visual-input qformer: this run has projector$"):
+        _with_view(load("tiny_event"), "qformer")

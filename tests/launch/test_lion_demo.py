@@ -58,9 +58,11 @@ def test_the_arms_differ_in_what_they_say_and_in_nothing_else() -> None:
 def test_the_summary_is_read_from_the_evaluations(tmp_path: Path) -> None:
     for i, name in enumerate(["stage0", "stage1", "stage2", "stage3", "stage4", "single_stage", "no_router"]):
         write_scores(tmp_path / "seed-7" / "eval" / name, float(i))
+    write_scores(tmp_path / "seed-7" / "eval" / lion_demo.IMAGE_LEVEL, 2.5)
     summary = lion_demo.summarise(tmp_path / "seed-7", {"a": 1.5, "b": 2.0}, 40)
-    wanted = {"caption_cider": 2.0, "vqa_acc": 0.75, "rec_acc50": 0.25, "reg_cider": 0.5}
+    wanted = {"caption_cider": 2.5, "vqa_acc": 0.75, "rec_acc50": 0.25, "reg_cider": 0.5}
     assert summary["stages"]["2"] == wanted and list(summary["stages"]) == ["1", "2", "3", "4"]
+    assert summary["stage2_through_aggregator"] == {"caption_cider": 2.0, "vqa_acc": 0.75}
     assert summary["single_stage"]["caption_cider"] == 5.0 and summary["no_router"]["caption_cider"] == 6.0
     assert summary["floor"] == {"rec_constant_box": 0.08, "caption_most_frequent": 0.05}
     assert summary["seconds"] == 3.5 and summary["steps"] == 40
@@ -73,8 +75,8 @@ def test_the_summary_is_read_from_the_evaluations(tmp_path: Path) -> None:
     (tmp_path / "seed-8").mkdir()
     (tmp_path / "seed-8" / "summary.json").write_text(json.dumps(raised))
     both = lion_ablation.summarise(tmp_path, [7, 8])
-    assert both["arms"]["stage 2"]["caption_cider"] == [2.5, 2.0, 3.0]
-    assert any("2.500 (2.000 - 3.000)" in line for line in lion_ablation.table(both))
+    assert both["arms"]["stage 2"]["caption_cider"] == [2.75, 2.5, 3.0]
+    assert any("2.750 (2.500 - 3.000)" in line for line in lion_ablation.table(both))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def expressions(scene: Scene, boxes: Sequence[Sequence[float]], size: int) -> It
 
 
 def questions(scene: Scene) -> Iterator[dict[str, Any]]:
-    """Rows of vqa.jsonl: the place, how many people, an object that is or is not there, and one person's event."""
+    """Rows of vqa.jsonl: the place, how many people, an object that is or is not there, and one of every person, who is
+    named by what nobody else has."""
     rng = scene.rng("vqa")
     yield _asked("where is this?", scene.place, "other")
     if rng.random() < min(PEOPLE_WEIGHTS) / PEOPLE_WEIGHTS[len(scene.people) - 2]:
@@ -68,14 +69,18 @@ def questions(scene: Scene) -> Iterator[dict[str, Any]]:
         there = bool(rng.integers(2))
         name = _one(rng, present if there else absent)
         yield _asked(f"is there {article(name)}?", "yes" if there else "no", "yes/no")
-    person = _one(rng, scene.people)
-    kind = int(rng.integers(3))
-    if kind == 0:
-        yield _asked(f"what is the shirt color of the person with the {person.object}?", person.shirt, "other")
-    elif _alone(scene, person):
-        asked = "what is the person in {} doing?" if kind == 1 else "what object is with the person in {}?"
-        answer = ACTIONS[person.pose] if kind == 1 else person.object
-        yield _asked(asked.format(person.shirt), answer, "other")
+    for person in scene.people:
+        by_shirt = [("what is the person in {} doing?", ACTIONS[person.pose]),
+                    ("what object is with the person in {}?", person.object)]  # fmt: skip
+        by_object = [("what is the shirt color of the person with the {}?", person.shirt),
+                     ("what is the person with the {} doing?", ACTIONS[person.pose])]  # fmt: skip
+        kind = int(rng.integers(4))
+        if kind < 2:
+            asked, answer = by_object[kind]
+            yield _asked(asked.format(person.object), answer, "other")
+        elif _alone(scene, person):
+            asked, answer = by_shirt[kind - 2]
+            yield _asked(asked.format(person.shirt), answer, "other")
 
 
 def statements(scene: Scene) -> Iterator[dict[str, Any]]:
