@@ -28,6 +28,7 @@ STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 _AT_LEAST: dict[str, float] = {
     "model.image_size": 0,
     "model.visual_pool": 0,
+    "model.visual_positions": 0,
     "model.roi.output_size": 1,
     "model.adapters.bottleneck": 0,
     "model.adapters.experts": 1,

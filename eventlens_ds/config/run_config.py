@@ -105,6 +105,10 @@ class ModelConfig:
     qk_correlation: float = 0.0
     """Correlation of query and key weights in a language model that starts from random weights (mimetic initialization,
     Trockman and Kolter, 2023): with .7 small models learn to match in context in fewer steps. 0: independent."""
+    visual_positions: float = 0.0
+    """Amplitude of a fixed sine-cosine code of row and column on the visual tokens of a grid (projector's or
+    aggregator's), which are normalised first: a tower trained from scratch on what regions show hardly says where they
+    are. 0: tokens as they are."""
     visual_input: Literal["projector", "aggregator", "qformer", "all"] = "projector"
     """Visual tokens of an image: patches of one level through the projector, the aggregator's grid, the Q-Former's
     queries, or queries and grid (LION). A branch that is present and not used here is frozen."""

@@ -2,7 +2,8 @@
 
 In: an output folder. Out: OUT/summary.json and a table. The stages are processes:
   1. data build   world -> shards
-  2. train        tiny_lion_0: a tower and a language model in place of the published ones, the start of every arm
+  2. train        tiny_event, then tiny_lion_0: a tower and a language model in place of the published ones, the start
+                  of every arm; from events of regions the tower learns what is where
   3. train        tiny_lion_1 .. tiny_lion_4, each from the one before
   4. train        tiny_lion_single from the same start, as many steps as the four together
   5. train        tiny_lion_3 and tiny_lion_4 from stage 2 with the gates left one-hot: no router
@@ -50,7 +51,8 @@ def arms(total: int) -> list[Arm]:
     """All runs in order; total = steps of the four stages together."""
     staged = [Arm(f"stage{n}", f"tiny_lion_{n}", f"stage{int(n) - 1}") for n in STAGES]
     return [
-        Arm("stage0", "tiny_lion_0", ""),
+        Arm("events", "tiny_event", "", scored=False),
+        Arm("stage0", "tiny_lion_0", "events"),
         *staged,
         Arm("single_stage", "tiny_lion_single", "stage0", (f"--train.steps={total}",)),
         Arm("no_router3", "tiny_lion_3", "stage2", (NO_ROUTER.format(""),), scored=False),
@@ -86,7 +88,8 @@ def run(out: Path, seed: int, ranks: int, images: int, steps: float) -> int:
         str(max(1, images // 16)), "--workers", str(len(os.sched_getaffinity(0))), "--out", str(out / "world"),
     ]  # fmt: skip
     progress.stage(stages, "Draw the embedded world and write shards", lambda title: stages.run(title, *build))
-    lengths = {f"tiny_lion_{n}": max(1, round(recipe_steps(f"tiny_lion_{n}") * steps)) for n in ("0", *STAGES)}
+    recipes = ("tiny_event", *(f"tiny_lion_{n}" for n in ("0", *STAGES)))
+    lengths = {name: max(1, round(recipe_steps(name) * steps)) for name in recipes}
     total = sum(lengths[f"tiny_lion_{n}"] for n in STAGES)
     for arm in arms(total):
         _train(progress, stages, arm, seed, lengths.get(arm.recipe, total))

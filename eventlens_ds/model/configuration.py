@@ -31,6 +31,7 @@ class RegionVLMConfig(PreTrainedConfig):
     linking: add | insert | none. roi: source, output_size, sampling_ratio, pool, levels (see config.RoIConfig).
     adapters: bottleneck, source, dropout, router, experts, top_k, renormalise (see config.AdapterConfig); tasks: those
     with an adapter of their own, in the order of the adapters. qk_correlation: see model/mimetic.py.
+    visual_positions: amplitude of model/projector.py's grid_code on the visual tokens of a grid.
     """
 
     model_type = "eventlens_region_vlm"
@@ -53,6 +54,7 @@ class RegionVLMConfig(PreTrainedConfig):
         dropout: float = 0.0,
         initializer_range: float = 0.02,
         qk_correlation: float = 0.0,
+        visual_positions: float = 0.0,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         **kwargs: Any,
@@ -76,6 +78,7 @@ class RegionVLMConfig(PreTrainedConfig):
         self.dropout = dropout
         self.initializer_range = initializer_range
         self.qk_correlation = qk_correlation
+        self.visual_positions = visual_positions
         self.image_mean = list(image_mean or (0.48145466, 0.4578275, 0.40821073))
         self.image_std = list(image_std or (0.26862954, 0.26130258, 0.27577711))
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))

@@ -252,6 +252,7 @@ def model_config(
         dropout=model.dropout,
         initializer_range=known.initializer_range,
         qk_correlation=model.qk_correlation,
+        visual_positions=model.visual_positions,
         image_mean=list(mean),
         image_std=list(std),
     )

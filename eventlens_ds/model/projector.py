@@ -6,6 +6,8 @@ the LLaVA-1.5 layout, so its tensors load by a plain name map (model/folders.py)
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -30,3 +32,15 @@ def pool_patches(tokens_BPV: torch.Tensor, grid: tuple[int, int], pool: int) -> 
     batch, _, width = tokens_BPV.shape
     rows, columns = grid[0] // pool, grid[1] // pool
     return tokens_BPV.view(batch, rows, pool, columns, pool, width).mean((2, 4)).reshape(batch, rows * columns, width)
+
+
+def grid_code(side: int, width: int, device: torch.device) -> torch.Tensor:
+    """Fixed sine-cosine code of a square grid, float32[side * side, width], row by row; width a multiple of 4.
+
+    A quarter of the channels each: sine and cosine of the column, sine and cosine of the row, with wavelengths from 4
+    patches up to 8 times the side (after Vaswani et al., 2017, in two dimensions as in MAE).
+    """
+    steps = torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4)
+    at = torch.arange(side, device=device, dtype=torch.float32)[:, None] * (math.pi / 2) * (2.0 * side) ** -steps
+    column, row = at.repeat(side, 1), at.repeat_interleave(side, 0)
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)

@@ -15,6 +15,7 @@ sum over leaves with a denominator that only the step knows (P8).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,7 +29,7 @@ from eventlens_ds.model.aggregator import AggregatorMLP, VisionAggregator
 from eventlens_ds.model.attention import attention_kwargs
 from eventlens_ds.model.configuration import RegionVLMConfig
 from eventlens_ds.model.post_norm import BertLinear, SelfInitialised, init_weights
-from eventlens_ds.model.projector import Projector, pool_patches
+from eventlens_ds.model.projector import Projector, grid_code, pool_patches
 from eventlens_ds.model.qformer import QFormer
 from eventlens_ds.model.regions import RegionEncoder
 from eventlens_ds.model.splice import link_regions, splice_hint, splice_images
@@ -173,7 +174,7 @@ class RegionVLM(PreTrainedModel):
         prefix = config.num_prefix_tokens
         if config.visual_input == "projector":
             patches = states[config.vision_level][:, prefix:]
-            return self.projector(pool_patches(patches, config.grid, config.visual_pool))
+            return self._placed(self.projector(pool_patches(patches, config.grid, config.visual_pool)))
         parts = []
         if config.reads_qformer:
             ids, mask = _one_per_image(batch.instruction_ids, batch.instruction_mask, states[0].shape[0])
@@ -182,8 +183,20 @@ class RegionVLM(PreTrainedModel):
             parts.append(self.qformer_projection(self.qformer(image, ids, mask)))
         if aggregated is not None and config.reads_aggregator:
             patches = pool_patches(aggregated[:, prefix:], config.grid, config.visual_pool)
-            parts.append(self.aggregator_mlp(torch.cat([aggregated[:, :prefix], patches], 1)))
+            parts.append(self._placed(self.aggregator_mlp(torch.cat([aggregated[:, :prefix], patches], 1)), prefix))
         return torch.cat(parts, 1)
+
+    def _placed(self, tokens: torch.Tensor, prefix: int = 0) -> torch.Tensor:
+        """Tokens [N', prefix + side * side, D], those of the grid normalised and with the code of their places, if the
+        configuration says so."""
+        amplitude = self.config.visual_positions
+        if not amplitude:
+            return tokens
+        before, grid = tokens[:, :prefix], tokens[:, prefix:]
+        code = grid_code(math.isqrt(grid.shape[1]), grid.shape[2], grid.device) * amplitude
+        # Of equal size for every image and step, so that the code is neither drowned nor drowns what is there.
+        grid = nn.functional.layer_norm(grid, grid.shape[2:]) + code.to(grid.dtype)
+        return torch.cat([before, grid], 1)
 
     def encode_regions(self, levels: list[torch.Tensor], batch: Batch) -> torch.Tensor:
         """Region features [R', D], R' >= 1: without regions one box over the first image stands in."""

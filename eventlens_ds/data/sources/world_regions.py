@@ -57,8 +57,8 @@ def expressions(scene: Scene, boxes: Sequence[Sequence[float]], size: int) -> It
 
 
 def questions(scene: Scene) -> Iterator[dict[str, Any]]:
-    """Rows of vqa.jsonl: the place, how many people, an object that is or is not there, and one of every person, who is
-    named by what nobody else has."""
+    """Rows of vqa.jsonl: the place, how many people, an object that is or is not there, where every object is, and one
+    of every person, who is named by what nobody else has."""
     rng = scene.rng("vqa")
     yield _asked("where is this?", scene.place, "other")
     if rng.random() < min(PEOPLE_WEIGHTS) / PEOPLE_WEIGHTS[len(scene.people) - 2]:
@@ -69,6 +69,8 @@ def questions(scene: Scene) -> Iterator[dict[str, Any]]:
         there = bool(rng.integers(2))
         name = _one(rng, present if there else absent)
         yield _asked(f"is there {article(name)}?", "yes" if there else "no", "yes/no")
+    for thing in scene.things:
+        yield _asked(f"where is the {thing.name}?", part_of_picture(thing.slot), "other")
     for person in scene.people:
         by_shirt = [("what is the person in {} doing?", ACTIONS[person.pose]),
                     ("what object is with the person in {}?", person.object)]  # fmt: skip
@@ -81,6 +83,12 @@ def questions(scene: Scene) -> Iterator[dict[str, Any]]:
         elif _alone(scene, person):
             asked, answer = by_shirt[kind - 2]
             yield _asked(asked.format(person.shirt), answer, "other")
+
+
+def part_of_picture(slot: int) -> str:
+    """Where a slot is: "up left", "up", ... "down right"."""
+    row, column = divmod(slot, COLUMNS)
+    return f"{'down' if row else 'up'} {('left', '', 'right')[column]}".strip()
 
 
 def statements(scene: Scene) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,67 @@
+"""The code of row and column on the visual tokens of a grid.
+
+In: a grid, small models with a projector and with both of LION's branches. Out: the code by its formula, and on which
+tokens it lies. Decision: what it is for, boxes that a language model can name, is measured by `make lion-demo`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from eventlens_ds.config.load import load
+from eventlens_ds.model import initial
+from eventlens_ds.model.projector import grid_code
+from eventlens_ds.model.region_vlm import RegionVLM
+from eventlens_ds.runtime.build_model import describe
+
+
+def test_the_code_is_its_formula_and_tells_every_place() -> None:
+    side, width = 4, 24
+    code = grid_code(side, width, torch.device("cpu"))
+    for place in range(side * side):
+        row, column = divmod(place, side)
+        for i in range(width // 4):
+            rate = math.pi / 2 * (2 * side) ** (-i / (width // 4))
+            found = code[place, i :: width // 4].tolist()
+            wanted = [math.sin(column * rate), math.cos(column * rate), math.sin(row * rate), math.cos(row * rate)]
+            assert found == pytest.approx(wanted, abs=1e-5)
+    apart = torch.cdist(code, code) + torch.eye(side * side) * 9
+    assert apart.min() > 0.5
+
+
+def model(recipe: str, amplitude: float) -> RegionVLM:
+    config = load(recipe)
+    config = replace(config, model=replace(config.model, visual_positions=amplitude))
+    architecture, _, _ = describe(config)
+    return initial.new_model(architecture, dtype=torch.float32, seed=0).eval()
+
+
+def tokens(made: RegionVLM) -> torch.Tensor:
+    """Visual tokens [2, P', D] of two noise images."""
+    size = made.config.vision_config.image_size
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    words = torch.ones(2, 3, dtype=torch.int64)
+    batch: Any = SimpleNamespace(instruction_ids=words, instruction_mask=words.bool())
+    with torch.no_grad():
+        states = made.encode_images(pixels, 1)
+        aggregated = made.aggregator(states) if hasattr(made, "aggregator") else None
+        return made.visual_tokens(states, aggregated, batch)
+
+
+@pytest.mark.parametrize(("recipe", "before"), [("tiny_lion_0", 0), ("tiny_lion_2", 1), ("tiny_lion_3", 9)])
+def test_it_lies_on_the_grid_and_on_nothing_before_it(recipe: str, before: int) -> None:
+    """before: queries of the Q-Former and the class token."""
+    plain, placed = tokens(model(recipe, 0.0)), tokens(model(recipe, 1.5))
+    side = math.isqrt(plain.shape[1] - before)
+    assert side * side == plain.shape[1] - before
+    assert torch.equal(plain[:, :before], placed[:, :before])
+    grid = plain[:, before:]
+    normed = (grid - grid.mean(2, keepdim=True)) / (grid.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    code = 1.5 * grid_code(side, plain.shape[2], plain.device)
+    torch.testing.assert_close(placed[:, before:], normed + code, atol=1e-4, rtol=0)
