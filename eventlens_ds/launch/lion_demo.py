@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/lion-demo"))
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and of the training")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--images", type=int, default=1600, help="training pictures; a sixteenth as many are held out")
+    parser.add_argument("--images", type=int, default=1600, help="training pictures; one for 26 of them is held out")
     parser.add_argument("--steps", type=float, default=1.0, help="steps of every recipe times this number")
     args = parser.parse_args(argv)
     try:
@@ -85,7 +85,7 @@ def run(out: Path, seed: int, ranks: int, images: int, steps: float) -> int:
     stages = Stages(out, ranks)
     build = [
         "data", "build", "--source", "world", "--seed", str(seed), "--limit", str(images), "--val-images",
-        str(max(1, images // 16)), "--workers", str(len(os.sched_getaffinity(0))), "--out", str(out / "world"),
+        str(max(1, images // 26)), "--workers", str(len(os.sched_getaffinity(0))), "--out", str(out / "world"),
     ]  # fmt: skip
     progress.stage(stages, "Draw the embedded world and write shards", lambda title: stages.run(title, *build))
     recipes = ("tiny_event", *(f"tiny_lion_{n}" for n in ("0", *STAGES)))
