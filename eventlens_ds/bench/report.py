@@ -173,6 +173,27 @@ def adapters(path: Path) -> str:
     return "\n".join(lines)
 
 
+def episodes(path: Path) -> str:
+    """The table of `eventlens bench episodes`: time per episode of each arm over that of packed rows."""
+    found = _newest(path, "device", "preset", "strategy", "shots", "arm")
+    if not found:
+        return "Not measured: `eventlens bench episodes DIR --out eventlens_ds/bench/results/episodes.csv`."
+    lines = [
+        "| shots | arm | ms an episode (quartiles) | of packed | episodes | tokens | padding | measured on |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    packed = {(row["device"], row["strategy"], row["shots"]): row for row in found if row["arm"] == "packed"}
+    for row in found:
+        base = packed[row["device"], row["strategy"], row["shots"]]
+        lines.append(
+            f"| {row['strategy']}, {row['shots']} | {row['arm']} | {row['ms_per_episode_p50']} "
+            f"({row['ms_per_episode_p25']} - {row['ms_per_episode_p75']}) "
+            f"| {float(row['ms_per_episode_p50']) / float(base['ms_per_episode_p50']):.2f} | {row['episodes']} "
+            f"| {int(row['tokens']):,} | {int(row['padded_tokens']):,} | {row['preset']}, {_provenance(row)} |"
+        )
+    return "\n".join(lines)
+
+
 PARTS_OF_STEP = ("vision", "roi", "language", "adapters", "other")
 
 
@@ -180,7 +201,7 @@ def _same_run(a: Row, b: Row) -> bool:
     return all(a[name] == b[name] for name in ("device", "preset", "dtype", "ranks", "commit", "date"))
 
 
-RUNS = {"score": score, "loader": loader, "train": train, "adapters": adapters}
+RUNS = {"score": score, "loader": loader, "train": train, "adapters": adapters, "episodes": episodes}
 """Benchmarks that are not of one op: name of the CSV and of the section -> its table."""
 
 
