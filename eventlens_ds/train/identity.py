@@ -43,6 +43,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield prefix + name, list(value) if isinstance(value, tuple) else value
 
 
+def defaults() -> dict[str, Any]:
+    """Every setting as a run has it that names none."""
+    return dict(_flat(asdict(RunConfig())))
+
+
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Key -> "was -> now" of everything that differs."""
     found = {}
@@ -54,8 +59,10 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     for key in ("tokenizer", "prompts"):
         if saved[key] != now[key]:
             found[key] = f"{str(saved[key])[:SHORT]} -> {str(now[key])[:SHORT]}"
+    # A setting that a run is older than had no effect then, and its default has none.
+    old_settings = defaults() | saved["settings"]
     for key in sorted({*saved["settings"], *now["settings"]}):
-        was, is_now = saved["settings"].get(key), now["settings"].get(key)
+        was, is_now = old_settings.get(key), now["settings"].get(key)
         if was != is_now:
             found[key] = f"{was} -> {is_now}"
     if saved["plan"] != now["plan"] and not found:

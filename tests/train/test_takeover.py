@@ -152,3 +152,12 @@ def test_shards_and_tokenizer_are_told_apart(tmp_path: Path) -> None:
         refuse_changes(saved, now, ("data",), "x")
     moved = replace(plain, io=replace(plain.io, run="elsewhere"), data=replace(plain.data, workers=7))
     assert changes(saved, identity(moved, ["a" * 64], "p1", "t1", 3)) == {}
+
+
+def test_a_setting_younger_than_the_run_counts_as_its_default(tmp_path: Path) -> None:
+    plain = config(tmp_path, tmp_path)
+    saved = identity(plain, [], "p1", "t1", 3)
+    del saved["settings"]["model.qk_correlation"]
+    assert changes(saved, identity(plain, [], "p1", "t1", 3)) == {}
+    other = replace(plain, model=replace(plain.model, qk_correlation=0.5))
+    assert changes(saved, identity(other, [], "p1", "t1", 3)) == {"model.qk_correlation": "0.0 -> 0.5"}
