@@ -104,6 +104,8 @@ def _branches(config: RunConfig) -> Iterator[tuple[str, str]]:
     model = config.model
     if model.visual_input in ("aggregator", "all") and not model.aggregator.layers:
         yield "model.visual_input", f"{model.visual_input}: model.aggregator.layers is empty, so there is no aggregator"
+    if model.visual_positions and model.visual_input == "qformer":
+        yield "model.visual_positions", f"{model.visual_positions}: queries of the Q-Former lie on no grid; set it to 0"
     if model.visual_input in ("qformer", "all") and not model.qformer.queries:
         yield "model.visual_input", f"{model.visual_input}: model.qformer.queries is 0, so there is no Q-Former"
     if model.roi.source == "aggregator" and not model.aggregator.layers:

@@ -94,13 +94,16 @@ def weights_of_run(model: nn.Module, source: str) -> weights.LoadReport:
     collective.
 
     Raises DataError when nothing there verifies, for LoRA that this model has no place for, and for a converted part
-    that does not fit."""
+    that does not fit; UserError for model.qk_correlation, which loaded weights would replace."""
     if (Path(source) / folders.CONVERTED).is_file():
         return folders.load_parts(model, folders.read_folder(Path(source)), source)
     path = commit.resolve(Path(source))
     if path is None:
         raise DataError(f"--init-from {source}: holds no checkpoint")
     report = weights.assign(model, _from_lead(path), str(path), everywhere=False)
+    mixed = getattr(getattr(model, "config", None), "qk_correlation", 0.0)
+    if mixed and any(name.startswith("language_model.") for name in report.loaded):
+        raise UserError(f"model.qk_correlation {mixed}: {source} brings the language model's weights; set it to 0")
     lost = {name for name in report.unused if lora.MARK in name}
     if lost:
         raise DataError(f"--init-from {path}: was trained with LoRA ({min(lost)}), set model.lora as it was there")

@@ -18,6 +18,7 @@ from eventlens_ds.errors import UserError
 from eventlens_ds.model import initial
 from eventlens_ds.model.presets import model_config
 from eventlens_ds.model.region_vlm import RegionVLM
+from eventlens_ds.runtime import build_model
 from tests.model import tiny_folders as tiny
 
 
@@ -93,7 +94,7 @@ def correlations(model: RegionVLM) -> list[float]:
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_query_and_key_weights_start_as_correlated_as_asked(key_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_query_and_key_weights_start_as_correlated_as_asked(key_heads: int) -> None:
     config = built().config
     config.text_config.num_key_value_heads = key_heads
     plain = initial.new_model(config, dtype=torch.float32, seed=1)
@@ -115,3 +116,13 @@ def test_published_and_t5_models_refuse_a_correlation(tmp_path: Path) -> None:
         config = ModelConfig(qk_correlation=0.5, **model)
         with pytest.raises(UserError, match=f"qk_correlation 0.5: .*{why}"):
             model_config(config, tokenizer, from_scratch_is_fine=True)
+
+
+def test_a_correlation_that_loaded_weights_would_replace_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, name = built(), "language_model.model.norm.weight"
+    monkeypatch.setattr(build_model.commit, "resolve", lambda path: path)
+    monkeypatch.setattr(build_model, "_from_lead", lambda path: iter([(name, torch.ones(128))]))
+    assert build_model.weights_of_run(ours, "run").loaded == {name}
+    ours.config.qk_correlation = 0.5
+    with pytest.raises(UserError, match="qk_correlation 0.5: run brings the language model's weights"):
+        build_model.weights_of_run(ours, "run")

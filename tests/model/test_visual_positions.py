@@ -1,7 +1,7 @@
 """The code of row and column on the visual tokens of a grid.
 
 In: a grid, small models with a projector and with both of LION's branches. Out: the code by its formula, and on which
-tokens it lies. Decision: what it is for, boxes that a language model can name, is measured by `make lion-demo`.
+tokens it lies. Decision: what it is good for is no test's business; no recipe uses it yet, LOG.md has experiments.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from eventlens_ds.config.load import load
+from eventlens_ds.errors import UserError
 from eventlens_ds.model import initial
 from eventlens_ds.model.projector import grid_code
 from eventlens_ds.model.region_vlm import RegionVLM
@@ -65,3 +66,8 @@ def test_it_lies_on_the_grid_and_on_nothing_before_it(recipe: str, before: int) 
     normed = (grid - grid.mean(2, keepdim=True)) / (grid.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
     code = 1.5 * grid_code(side, plain.shape[2], plain.device)
     torch.testing.assert_close(placed[:, before:], normed + code, atol=1e-4, rtol=0)
+
+
+def test_queries_alone_have_no_places() -> None:
+    with pytest.raises(UserError, match=r"model.visual_positions: 1.0: queries of the Q-Former lie on no grid"):
+        load("tiny_lion_1", ["--model.visual_positions=1"])
