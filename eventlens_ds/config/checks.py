@@ -29,6 +29,7 @@ _AT_LEAST: dict[str, float] = {
     "model.image_size": 0,
     "model.visual_pool": 0,
     "model.visual_positions": 0,
+    "model.word_spread": 0,
     "model.roi.output_size": 1,
     "model.adapters.bottleneck": 0,
     "model.adapters.experts": 1,

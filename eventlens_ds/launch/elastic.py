@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eventlens_ds.errors import DataError, UserError
-from eventlens_ds.launch.prove import Proof, data_of, reference
+from eventlens_ds.launch.prove import Proof, claim, data_of, reference
 from eventlens_ds.train.metrics import read_log
 
 TOLERANCE = 1e-5
@@ -35,7 +35,7 @@ def elastic(proof: Proof, order: Sequence[int], say: Callable[[str], None]) -> d
     train = load.load(proof.recipe, list(proof.settings)).train
     if train.save_every < 1 or train.steps < train.save_every * len(order):
         raise UserError(f"prove elastic: train.steps {train.steps} holds no checkpoint for each of {len(order)} parts")
-    proof.out.mkdir(parents=True, exist_ok=True)
+    claim(proof.out)
     data = data_of(proof)
     seconds = reference(replace(proof, ranks=order[0]), data)
     say(f"reference: {seconds:.1f} s on {order[0]} ranks")

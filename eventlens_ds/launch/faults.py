@@ -24,7 +24,7 @@ from pathlib import Path
 
 from eventlens_ds.errors import UserError
 from eventlens_ds.launch import sabotage
-from eventlens_ds.launch.prove import Proof, data_of
+from eventlens_ds.launch.prove import Proof, claim, data_of
 from eventlens_ds.runtime import heartbeat
 from eventlens_ds.runtime.local_ranks import before_exec
 from eventlens_ds.train import outcome
@@ -106,7 +106,7 @@ def matrix(
         for name in names:
             if name not in known:
                 raise UserError(f"eventlens prove faults: {name}: known are {', '.join(known)}")
-    proof.out.mkdir(parents=True, exist_ok=True)
+    claim(proof.out)
     data = data_of(proof)
     watch = f"--train.watchdog_seconds={seconds:g}"
     proof = Proof(proof.recipe, (*SETTINGS, *proof.settings, watch), proof.out, proof.ranks)

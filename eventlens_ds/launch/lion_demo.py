@@ -2,8 +2,9 @@
 
 In: an output folder. Out: OUT/summary.json and a table. The stages are processes:
   1. data build   world -> shards
-  2. train        tiny_event, then tiny_lion_0: a tower and a language model in place of the published ones, the start
-                  of every arm; from events of regions the tower learns what is where
+  2. train        tiny_event, tiny_lion_0a, tiny_lion_0b: a tower and a language model in place of the published ones,
+                  the start of every arm; from events of regions the tower learns what there is, from questions the
+                  language model learns to find it, and then every task
   3. train        tiny_lion_1 .. tiny_lion_4, each from the one before
   4. train        tiny_lion_single from the same start, as many steps as the four together
   5. train        tiny_lion_3 and tiny_lion_4 from stage 2 with the gates left one-hot: no router
@@ -34,6 +35,8 @@ NUMBERS = ("caption_cider", "vqa_acc", "rec_acc50", "reg_cider")
 STAGES = ("1", "2", "3", "4")
 IMAGE_LEVEL = "stage2_image_level"
 """Evaluation of the image-level tasks after stage 2 through the branch that was trained for them."""
+EVENTS = ("--model.word_spread=1", "--model.visual_positions=1.4", "--train.zero=zero1")
+"""Of the event stage: the language model and the view of pictures that all recipes of LION here have."""
 NO_ROUTER = "--stage.train=[qformer, aggregator, image_adapter, region_adapter{}]"
 
 
@@ -51,8 +54,9 @@ def arms(total: int) -> list[Arm]:
     """All runs in order; total = steps of the four stages together."""
     staged = [Arm(f"stage{n}", f"tiny_lion_{n}", f"stage{int(n) - 1}") for n in STAGES]
     return [
-        Arm("events", "tiny_event", "", scored=False),
-        Arm("stage0", "tiny_lion_0", "events"),
+        Arm("events", "tiny_event", "", EVENTS, scored=False),
+        Arm("stage0a", "tiny_lion_0a", "events", scored=False),
+        Arm("stage0", "tiny_lion_0b", "stage0a"),
         *staged,
         Arm("single_stage", "tiny_lion_single", "stage0", (f"--train.steps={total}",)),
         Arm("no_router3", "tiny_lion_3", "stage2", (NO_ROUTER.format(""),), scored=False),
@@ -88,7 +92,7 @@ def run(out: Path, seed: int, ranks: int, images: int, steps: float) -> int:
         str(max(1, images // 26)), "--workers", str(len(os.sched_getaffinity(0))), "--out", str(out / "world"),
     ]  # fmt: skip
     progress.stage(stages, "Draw the embedded world and write shards", lambda title: stages.run(title, *build))
-    recipes = ("tiny_event", *(f"tiny_lion_{n}" for n in ("0", *STAGES)))
+    recipes = ("tiny_event", *(f"tiny_lion_{n}" for n in ("0a", "0b", *STAGES)))
     lengths = {name: max(1, round(recipe_steps(name) * steps)) for name in recipes}
     total = sum(lengths[f"tiny_lion_{n}"] for n in STAGES)
     for arm in arms(total):

@@ -3,11 +3,11 @@
 In: a recipe, settings, a number of processes. Out: OUT/preflight.json and a few lines; exit code 6 when something
 fails, which keeps `sbatch` scripts from starting. The stages, on every rank:
   1. build    model, engine, ZeRO stage of the recipe; data of the recipe, or an embedded world
-  2. step     each rank has another kind of row in each micro-step: none at all, one without pixels and regions, a
-              single group, a full row of the plan. Every collective is compared before it runs (P5), so that where a
-              run would hang, the module is named
+  2. step     each rank has another kind of row in each micro-step: none at all, a full row of the plan, text alone,
+              images without a region, a single group. Every collective is compared before it runs (P5), so that where
+              a run would hang, the module is named
   3. save, load   a committed checkpoint; the loss of a row must have the same bits after as before
-Decision: rows per step are four per rank, whatever the recipe says: memory depends on the row, not on their number.
+Decision: rows per step are five per rank, whatever the recipe says: memory depends on the row, not on their number.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODULE = "eventlens_ds.launch.preflight"
-KINDS = ("missing", "full", "blank", "single")
+KINDS = ("missing", "full", "text", "image", "single")
 FILE = "preflight.json"
 
 
 def main(recipe: str, settings: Sequence[str], ranks: int, out: Path) -> dict[str, Any]:
     """Run it; the report, also in OUT/preflight.json. PreflightError (exit 6) names what failed."""
-    from eventlens_ds.launch.prove import Proof, data_of
+    from eventlens_ds.launch.prove import Proof, claim, data_of
     from eventlens_ds.runtime.local_ranks import run_ranks
 
     began = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out)
     (out / FILE).unlink(missing_ok=True)
     data = data_of(Proof(recipe, tuple(settings), out, ranks))
     where = [f"--data.train=[{','.join(map(str, data))}]", f"--io.run={out / 'run'}"]
@@ -77,17 +77,45 @@ def text(report: dict[str, Any]) -> str:
 
 def rows_of(data: RunData, plan: Plan, rank: int) -> tuple[list[str], list[Batch]]:
     """Kind and row of each micro-step of a rank: ranks have different kinds in the same micro-step."""
-    from eventlens_ds.data.controls import apply_control
-
     full = max(plan.step(0), key=lambda row: (row.images, row.tokens)).groups
     made = {
         "missing": lambda: data.batch((), 1),
         "full": lambda: data.batch(full, 2),
-        "blank": lambda: apply_control(data.batch(full[:1], 3), "blank"),
-        "single": lambda: data.batch(full[:1], 4),
+        "text": lambda: text_alone(data.batch(full[:1], 3)),
+        "image": lambda: without_regions(data.batch(full[:1], 4)),
+        "single": lambda: data.batch(full[:1], 5),
     }
     kinds = [KINDS[(rank + micro) % len(KINDS)] for micro in range(len(KINDS))]
     return kinds, [made[kind]() for kind in kinds]
+
+
+def without_regions(row: Batch) -> Batch:
+    """The row as if nobody had annotated its images: no box, and no token that names one."""
+    import torch
+
+    return replace(
+        row,
+        boxes=row.boxes[:0],
+        box_offsets=torch.zeros_like(row.box_offsets),
+        region_slots=torch.full_like(row.region_slots, -1),
+        regions_used=0,
+        regions_unused=0,
+    )
+
+
+def text_alone(row: Batch) -> Batch:
+    """The row without its images; their tokens stay, as padding."""
+    import torch
+
+    row = without_regions(row)
+    return replace(
+        row,
+        pixel_values=row.pixel_values[:0],
+        box_offsets=row.box_offsets[:1],
+        image_slots=torch.full_like(row.image_slots, -1),
+        instruction_ids=row.instruction_ids[:0],
+        instruction_mask=row.instruction_mask[:0],
+    )
 
 
 def _calls(rows: Sequence[Batch], chunk: int) -> list[int]:

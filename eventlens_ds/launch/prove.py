@@ -31,6 +31,8 @@ from eventlens_ds.launch import sabotage
 from eventlens_ds.runtime.local_ranks import before_exec
 
 TARGETS = ("launcher", "rank", "worker")
+MARK = ".eventlens-proof"
+"""File in a folder that proofs may empty."""
 WORLD = {"images": 60, "val_images": 12, "image_size": 64}
 """Size of the embedded world that is drawn when no data are named."""
 
@@ -87,6 +89,16 @@ def _target(kind: str, launcher: int, draw: random.Random) -> tuple[str, int]:
     workers = [child for rank in ranks for child in children(rank)]
     found = {"rank": ranks, "worker": workers}.get(kind, [])
     return (kind, draw.choice(found)) if found else ("launcher", launcher)
+
+
+def claim(out: Path) -> None:
+    """Make OUT, or go on using one that an earlier proof made: what it holds is replaced. UserError for any other folder
+    with something in it."""
+    mark = out / MARK
+    if out.exists() and not mark.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: holds files that no proof left there; name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 def data_of(proof: Proof) -> list[Path]:
@@ -221,7 +233,7 @@ def resume(proof: Proof, kills: int, seed: int, say: Callable[[str], None]) -> d
     """The whole proof; its result as written to OUT/resume.json."""
     if kills < 1:
         raise UserError(f"--kills {kills}: must be at least 1")
-    proof.out.mkdir(parents=True, exist_ok=True)
+    claim(proof.out)
     began = time.monotonic()
     data = data_of(proof)
     seconds = reference(proof, data)

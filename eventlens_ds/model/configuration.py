@@ -55,6 +55,7 @@ class RegionVLMConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         qk_correlation: float = 0.0,
         visual_positions: float = 0.0,
+        word_spread: float = 0.0,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         **kwargs: Any,
@@ -79,6 +80,7 @@ class RegionVLMConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.qk_correlation = qk_correlation
         self.visual_positions = visual_positions
+        self.word_spread = word_spread
         self.image_mean = list(image_mean or (0.48145466, 0.4578275, 0.40821073))
         self.image_std = list(image_std or (0.26862954, 0.26130258, 0.27577711))
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))

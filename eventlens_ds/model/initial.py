@@ -13,7 +13,7 @@ import ctypes
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -51,9 +51,20 @@ def new_model(
         if lora_config is not None and lora_config.rank:
             lora.inject(model.language_model, lora_config, seed)
         draw(model, seed, skip=from_files)
+        if architecture.word_spread:
+            _spread_words(model, architecture.word_spread / architecture.text_config.initializer_range)
         if architecture.qk_correlation:
             mimetic.correlate(model.language_model, architecture.qk_correlation)
     return model
+
+
+def _spread_words(model: RegionVLM, factor: float) -> None:
+    """Multiply the word embeddings, which are drawn. A collective under ZeRO-3."""
+    words = cast(nn.Parameter, model.language_model.get_input_embeddings().weight)
+    with torch.no_grad(), gathered([words]):
+        # Partitioned parameters take rank 0's values.
+        if not hasattr(words, "ds_id") or rank_and_size()[0] == 0:
+            words.mul_(factor)
 
 
 def _undrawn(architecture: RegionVLMConfig, dtype: torch.dtype, zero3: dict[str, Any] | None) -> RegionVLM:

@@ -233,6 +233,11 @@ def model_config(
     if model.qk_correlation and (encoder_decoder or model.language_path or model.init_from):
         why = "T5 has no such start" if encoder_decoder else "a published language model keeps its own weights"
         raise UserError(f"model.qk_correlation {model.qk_correlation}: {why}; set it to 0")
+    if model.word_spread:
+        if encoder_decoder or model.language_path or model.init_from:
+            why = "T5 keeps its own start" if encoder_decoder else "a published language model keeps its own weights"
+            raise UserError(f"model.word_spread {model.word_spread}: {why}; set it to 0")
+        text.tie_word_embeddings = False
     text._attn_implementation = choose_form(model.attention, device, dtype, encoder_decoder=encoder_decoder)
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = False
@@ -253,6 +258,7 @@ def model_config(
         initializer_range=known.initializer_range,
         qk_correlation=model.qk_correlation,
         visual_positions=model.visual_positions,
+        word_spread=model.word_spread,
         image_mean=list(mean),
         image_std=list(std),
     )

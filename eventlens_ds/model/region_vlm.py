@@ -194,8 +194,12 @@ class RegionVLM(PreTrainedModel):
             return tokens
         before, grid = tokens[:, :prefix], tokens[:, prefix:]
         code = grid_code(math.isqrt(grid.shape[1]), grid.shape[2], grid.device) * amplitude
-        # Of equal size for every image and step, so that the code is neither drowned nor drowns what is there.
-        grid = nn.functional.layer_norm(grid, grid.shape[2:]) + code.to(grid.dtype)
+        # What a token adds to its image counts as much as the image: in an untrained tower the two differ by far. Both
+        # are of equal size for every image and step, so that the code is neither drowned nor drowns what is there.
+        whole, width = grid.mean(1, keepdim=True), grid.shape[2:]
+        grid = (
+            nn.functional.layer_norm(grid - whole, width) + nn.functional.layer_norm(whole, width) + code.to(grid.dtype)
+        )
         return torch.cat([before, grid], 1)
 
     def encode_regions(self, levels: list[torch.Tensor], batch: Batch) -> torch.Tensor:

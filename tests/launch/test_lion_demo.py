@@ -42,11 +42,13 @@ def test_every_arm_starts_from_a_run_that_was_made_before() -> None:
 
 def test_the_arms_differ_in_what_they_say_and_in_nothing_else() -> None:
     models = [load(f"tiny_lion_{n}").model for n in ("1", "2", "3", "4", "single")]
-    for part in ("preset", "aggregator", "qformer", "adapters", "linking", "soft_prompt"):
+    for part in ("preset", "aggregator", "qformer", "adapters", "linking", "word_spread", "soft_prompt"):
         wanted = {repr(getattr(model, part)) for model in (models if part != "soft_prompt" else models[3:])}
         assert len(wanted) == 1, part
     for arm in lion_demo.arms(100):
         config = load(arm.recipe, [*arm.settings])
+        places = 0.0 if arm.recipe == "tiny_lion_1" else 1.4
+        assert (config.model.word_spread, config.model.visual_positions) == (1.0, places), arm.name
         assert ("router" in config.stage.train) == (arm.name in ("stage3", "stage4", "single_stage"))
     for recipe in ("tiny_lion_3", "tiny_lion_4"):
         (without,) = (arm for arm in lion_demo.arms(100) if arm.recipe == recipe and arm.settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def test_every_fault_in_every_phase(world_folder: Path, tmp_path: Path) -> None:
 def test_preflight_passes_and_reports_the_collectives(world_folder: Path, tmp_path: Path) -> None:
     report = preflight.main("prove", [*SMALL, f"--data.train=[{world_folder}]"], 2, tmp_path)
     assert report["rows"][0][0] == "missing" and report["rows"][1][0] == "full" and len(report["collectives"]) == 32
+    assert {"text", "image", "single"} < {*report["rows"][0]} == {*report["rows"][1]}
+    assert all(one != other for one, other in zip(*report["rows"]))
     assert report["events"] > 100 and report["checkpoint_bytes"] > 1000 and report["loss"] > 0
     assert not (tmp_path / "run").exists() and "passed" in preflight.text(report)
 
@@ -125,6 +128,26 @@ def test_preflight_sees_a_load_that_does_nothing(
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: {})
     with pytest.raises(PreflightError, match="before the save and .* after the load"):
         preflight.rank_main(small_config(world_folder, tmp_path / "run", zero="zero0"))
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "run" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    asked = proof(tmp_path, tmp_path)
+    starts: list[Callable[[], object]] = [
+        lambda: prove.resume(asked, 1, 0, print),
+        lambda: elastic.elastic(asked, [2, 1], print),
+        lambda: faults.matrix(asked, ["exit"], ["step"], 1.0, print),
+        lambda: preflight.main("prove", [], 2, tmp_path),
+    ]
+    for start in starts:
+        with pytest.raises(UserError, match=f"--out {tmp_path}: holds files that no proof left there"):
+            start()
+    assert mine.read_text() == "mine" and list(tmp_path.iterdir()) == [mine.parent]
+    prove.claim(tmp_path / "new")
+    (tmp_path / "new" / "reference").mkdir()
+    prove.claim(tmp_path / "new")
 
 
 def test_unknown_names_and_numbers_are_refused(tmp_path: Path) -> None:

@@ -109,6 +109,31 @@ def test_query_and_key_weights_start_as_correlated_as_asked(key_heads: int) -> N
         assert after[name].std().item() == pytest.approx(before[name].std().item(), rel=0.03), name
 
 
+def test_words_start_as_far_apart_as_asked_before_a_head_of_their_own() -> None:
+    tokenizer = load_tokenizer("")
+    made = [
+        initial.new_model(model_config(ModelConfig(word_spread=spread), tokenizer), dtype=torch.float32, seed=1)
+        for spread in (0.0, 1.0)
+    ]
+    (tied, plain), (own, spread) = ([m.get_output_embeddings().weight, m.get_input_embeddings().weight] for m in made)
+    assert tied is plain and own is not spread
+    assert plain.std().item() == pytest.approx(0.08, rel=0.03)
+    assert spread.std().item() == pytest.approx(1.0, rel=0.03)
+    assert own.std().item() == pytest.approx(0.08, rel=0.03)
+    before, after = (dict(m.named_parameters()) for m in made)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"language_model.model.embed_tokens.weight"}
+
+
+def test_published_and_t5_models_refuse_a_spread_of_words(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("")
+    tiny.llama(len(tokenizer)).save_pretrained(tmp_path)
+    for model, why in (({"language_path": str(tmp_path)}, "its own weights"), ({"preset": "tiny-t5"}, "T5 keeps")):
+        config = ModelConfig(word_spread=1.0, **model)
+        with pytest.raises(UserError, match=f"word_spread 1.0: .*{why}"):
+            model_config(config, tokenizer, from_scratch_is_fine=True)
+
+
 def test_published_and_t5_models_refuse_a_correlation(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("")
     tiny.llama(len(tokenizer)).save_pretrained(tmp_path)

@@ -1,7 +1,7 @@
 """The code of row and column on the visual tokens of a grid.
 
 In: a grid, small models with a projector and with both of LION's branches. Out: the code by its formula, and on which
-tokens it lies. Decision: what it is good for is no test's business; no recipe uses it yet, LOG.md has experiments.
+tokens it lies. Decision: what it is good for is no test's business; LOG.md has experiments.
 """
 
 from __future__ import annotations
@@ -43,11 +43,15 @@ def model(recipe: str, amplitude: float) -> RegionVLM:
     return initial.new_model(architecture, dtype=torch.float32, seed=0).eval()
 
 
-def tokens(made: RegionVLM) -> torch.Tensor:
-    """Visual tokens [2, P', D] of two noise images."""
+def normed(tokens: torch.Tensor) -> torch.Tensor:
+    return (tokens - tokens.mean(2, keepdim=True)) / (tokens.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+def tokens(made: RegionVLM, images: int = 2) -> torch.Tensor:
+    """Visual tokens [images, P', D] of noise."""
     size = made.config.vision_config.image_size
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    words = torch.ones(2, 3, dtype=torch.int64)
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))[:images]
+    words = torch.ones(images, 3, dtype=torch.int64)
     batch: Any = SimpleNamespace(instruction_ids=words, instruction_mask=words.bool())
     with torch.no_grad():
         states = made.encode_images(pixels, 1)
@@ -55,7 +59,7 @@ def tokens(made: RegionVLM) -> torch.Tensor:
         return made.visual_tokens(states, aggregated, batch)
 
 
-@pytest.mark.parametrize(("recipe", "before"), [("tiny_lion_0", 0), ("tiny_lion_2", 1), ("tiny_lion_3", 9)])
+@pytest.mark.parametrize(("recipe", "before"), [("tiny_lion_0a", 0), ("tiny_lion_2", 1), ("tiny_lion_3", 9)])
 def test_it_lies_on_the_grid_and_on_nothing_before_it(recipe: str, before: int) -> None:
     """before: queries of the Q-Former and the class token."""
     plain, placed = tokens(model(recipe, 0.0)), tokens(model(recipe, 1.5))
@@ -63,9 +67,11 @@ def test_it_lies_on_the_grid_and_on_nothing_before_it(recipe: str, before: int) 
     assert side * side == plain.shape[1] - before
     assert torch.equal(plain[:, :before], placed[:, :before])
     grid = plain[:, before:]
-    normed = (grid - grid.mean(2, keepdim=True)) / (grid.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    whole = grid.mean(1, keepdim=True)
     code = 1.5 * grid_code(side, plain.shape[2], plain.device)
-    torch.testing.assert_close(placed[:, before:], normed + code, atol=1e-4, rtol=0)
+    torch.testing.assert_close(placed[:, before:], normed(grid - whole) + normed(whole) + code, atol=1e-3, rtol=0)
+    alone = tokens(model(recipe, 1.5), images=1)
+    torch.testing.assert_close(alone, placed[:1], atol=1e-5, rtol=0)
 
 
 def test_queries_alone_have_no_places() -> None:
