@@ -106,8 +106,8 @@ class ModelConfig:
     """Correlation of query and key weights in a language model that starts from random weights (mimetic initialization,
     Trockman and Kolter, 2023): with .7 small models learn to match in context in fewer steps. 0: independent."""
     word_spread: float = 0.0
-    """Standard deviation of the word embeddings of a language model that starts from random weights; its output matrix is
-    then one of its own. With 1 a word is told from others at once, and small models find it sooner among visual tokens.
+    """Standard deviation of the word embeddings of a language model that starts from random weights; its output matrix
+    is then one of its own. With 1 words are as large as visual tokens, and small models sooner find one among them.
     0: the preset's, tied to the output."""
     visual_positions: float = 0.0
     """Amplitude of a fixed sine-cosine code of row and column on the visual tokens of a grid (projector's or

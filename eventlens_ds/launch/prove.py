@@ -92,8 +92,8 @@ def _target(kind: str, launcher: int, draw: random.Random) -> tuple[str, int]:
 
 
 def claim(out: Path) -> None:
-    """Make OUT, or go on using one that an earlier proof made: what it holds is replaced. UserError for any other folder
-    with something in it."""
+    """Make OUT, or take one that an earlier proof made: what it holds is replaced. UserError for any other folder with
+    something in it."""
     mark = out / MARK
     if out.exists() and not mark.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: holds files that no proof left there; name a new folder")
