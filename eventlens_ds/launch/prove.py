@@ -14,6 +14,7 @@ Decision: black box. Everything is started by the command a user types and compa
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -215,6 +216,8 @@ def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    # It warns of every restart, and restarts are what is proved here.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     reader.Reload()
     tags = [tag for tag in reader.Tags()["scalars"] if not tag.startswith(("perf/", "data/wait"))]

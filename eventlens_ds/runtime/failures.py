@@ -81,8 +81,26 @@ def exit_of(error: BaseException) -> tuple[int, str]:
     text = str(error).strip().splitlines()
     # A rank that leaves with 0 before the run has ended has not succeeded.
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code else 1
-    where = f" (in {heartbeat.place(heartbeat.here.to_json())})" if heartbeat.here.phase in heartbeat.AT_WORK else ""
+    in_a_run = heartbeat.here.phase in heartbeat.AT_WORK or heartbeat.here.moves
+    where = f" (in {heartbeat.place(heartbeat.here.to_json())})" if in_a_run else ""
     return code, (f"{type(error).__name__}: {text[0]}" if text else type(error).__name__) + where
+
+
+@contextlib.contextmanager
+def before_the_group() -> Iterator[None]:
+    """Around what a rank does before it meets the others: a crash is its own and gets its number, and even
+    `sys.exit(0)` leaves with code 1. The others wait for this rank, and launchers end them only after a failure."""
+    try:
+        yield
+    except (UserError, OSError, Terminated, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        place = distributed.rendezvous(dict(os.environ))
+        if place["WORLD_SIZE"] != "1":
+            error.add_note(f"(rank {place['RANK']} of {place['WORLD_SIZE']})")
+        if isinstance(error, SystemExit) and not error.code:
+            error.code = 1
+        raise
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def main(config: RunConfig, dry_run: bool = False) -> int:
         sys.stdout.write(dry_text(config, describe(config, dry=True)[0]))
         return 0
     from eventlens_ds.runtime import heartbeat
-    from eventlens_ds.runtime.failures import process_group
+    from eventlens_ds.runtime.failures import before_the_group, process_group
     from eventlens_ds.train.outcome import Attempt
 
     run_dir = Path(config.io.run)
@@ -55,9 +55,10 @@ def main(config: RunConfig, dry_run: bool = False) -> int:
         prepared: _Prepared | None = None
         problem: Exception | None = attempt.problem
         with _watchdog(config, attempt) as dog:
-            heartbeat.mark(heartbeat.START)
             try:
-                prepared = _prepare(config) if problem is None else None
+                with before_the_group():
+                    heartbeat.mark(heartbeat.START)
+                    prepared = _prepare(config) if problem is None else None
             except (UserError, OSError) as error:
                 problem = error
             with process_group(config.train.threads, config.train.timeout_minutes, problem) as world:

@@ -75,7 +75,9 @@ def test_the_ledger_forgets_what_a_later_attempt_did_again(tmp_path: Path) -> No
     assert ledger.Ledger(tmp_path, 0).attempt == 2 and path.read_text() == "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize(("fault", "phase"), [("stop", "eval"), pytest.param("exit", "step", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("fault", "phase"), [("stop", "eval"), ("exit", "start"), pytest.param("exit", "step", marks=pytest.mark.slow)]
+)
 def test_a_fault_ends_the_run_in_time_and_is_blamed_on_its_rank(
     world_folder: Path, tmp_path: Path, fault: str, phase: str
 ) -> None:

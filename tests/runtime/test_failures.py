@@ -166,6 +166,26 @@ def test_the_line_of_a_crash_says_where_the_rank_was(monkeypatch: pytest.MonkeyP
     assert failures.exit_of(UserError("no such folder")) == (2, "no such folder")
 
 
+def test_a_crash_before_the_ranks_have_met_is_told_by_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "here", heartbeat.Here())
+    ours = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in ours.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left, failures.before_the_group():
+        heartbeat.mark(heartbeat.START)
+        sys.exit(0)
+    assert left.value.code == 1 and left.value.__notes__ == ["(rank 1 of 3)"]
+    assert failures.exit_of(left.value) == (1, "SystemExit: 0 (in start)")
+    for expected in (UserError("no such folder"), failures.Terminated(), OSError(28, "full"), KeyboardInterrupt()):
+        with pytest.raises(type(expected)) as known, failures.before_the_group():
+            raise expected
+        assert not hasattr(known.value, "__notes__")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError) as alone, failures.before_the_group():
+        raise RuntimeError("x")
+    assert not hasattr(alone.value, "__notes__")
+
+
 def test_alone_nothing_is_added() -> None:
     with pytest.raises(DataError, match="^x$"), failures.process_group(1, 1.0):
         raise DataError("x")
