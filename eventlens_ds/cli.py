@@ -234,10 +234,20 @@ def _verify(args: argparse.Namespace, _rest: list[str]) -> int:
     for folder in folders:
         problems = commit.verify(folder)
         broken += bool(problems)
-        print(f"{'DAMAGED' if problems else 'ok':8} {folder}{': ' if problems else ''}{'; '.join(problems)}")
+        told = "; ".join(problems) if problems else _size(commit.read_manifest(folder))
+        print(f"{'DAMAGED' if problems else 'ok':8} {folder}: {told}")
     if broken:
         raise DataError(f"{broken} of {len(folders)} checkpoints are damaged")
     return 0
+
+
+def _size(manifest: dict[str, Any]) -> str:
+    """What a checkpoint holds and, of its slowest rank, how long writing took."""
+    files, seconds = manifest["files"].values(), manifest.get("seconds")
+    told = f"{len(files)} files, {sum(entry['size'] for entry in files) / 2**20:.1f} MiB"
+    return (
+        told if not seconds else f"{told}, written in {seconds['writing']:g} s, {seconds['hashing']:g} s of it hashing"
+    )
 
 
 def _doctor(args: argparse.Namespace, _rest: list[str]) -> int:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,10 @@ def _open_attempt(run_dir: Path, step: int) -> tuple[Path, str]:
     return temporary, broadcast_object(problem)
 
 
-def _write_shards(engine: Any, temporary: Path) -> tuple[dict[str, Any], list[str]]:
-    """Every rank's files, written through to the disk: (all files by name, problems by rank). A collective."""
-    rank = rank_and_size()[0]
+def _write_shards(engine: Any, temporary: Path) -> tuple[dict[str, Any], dict[str, float], list[str]]:
+    """Every rank's files, written through to the disk: (all files by name, seconds of the slowest rank, problems by
+    rank). A collective."""
+    rank, begun = rank_and_size()[0], time.monotonic()
     with in_charge(engine, temporary) as files:
         engine.save_checkpoint(str(temporary), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
     name = f"rng-rank{rank}.safetensors"
@@ -137,12 +139,14 @@ def _write_shards(engine: Any, temporary: Path) -> tuple[dict[str, Any], list[st
         commit.sync_dir(temporary / TAG)
     except OSError as error:
         files.errors.append(str(error))
+    took = {"writing": round(time.monotonic() - begun, 3), "hashing": round(files.held_up, 3)}
     written: dict[str, Any] = {}
     problems = []
-    for other, (entries, errors) in enumerate(gather_objects([files.written, files.errors])):
+    rows = gather_objects([files.written, files.errors, took])
+    for other, (entries, errors, _) in enumerate(rows):
         written.update(entries)
         problems += [f"rank {other}: {error}" for error in errors]
-    return written, problems
+    return written, {what: max(seconds[what] for *_, seconds in rows) for what in took}, problems
 
 
 def _conclude(
@@ -208,7 +212,7 @@ def save(
     temporary, problem = _open_attempt(run_dir, step)
     problems = [f"rank 0: {problem}"] if problem else []
     if not problems:
-        manifest["files"], problems = _write_shards(engine, temporary)
+        manifest["files"], manifest["seconds"], problems = _write_shards(engine, temporary)
     name = None
     if rank == 0:
         name = _conclude(run_dir, temporary, manifest, problems, best, lease)

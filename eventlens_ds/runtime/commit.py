@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ BEST = "BEST"
 
 _NAME = re.compile(r"step-(\d{1,12})(?:-(\d{1,6}))?")
 _BLOCK = 1 << 22
+_ASIDE = 1 << 20
+"""Bytes of one write above which a thread is worth its start."""
 _DOOMED = ".tmp-old-"
 """Beginning of the name of a folder that is being emptied."""
 
@@ -40,11 +43,13 @@ class HashingFile:
     """A file for torch.save that hashes what passes through and never raises while it is written.
 
     torch's zip writer calls `write` from C code, and the other ranks wait in collectives meanwhile, so the first
-    OSError is kept in `error` and the rest of the data is dropped. After `close`: `size`, `sha256`, `error`.
+    OSError is kept in `error` and the rest of the data is dropped. After `close`: `size`, `sha256`, `error`, and
+    `held_up`, the seconds that hashing took beyond writing: what is large is hashed on another core meanwhile.
     """
 
     def __init__(self, path: Path) -> None:
         self.size = 0
+        self.held_up = 0.0
         self.error: OSError | None = None
         self._hash = hashlib.sha256()
         self._path = path
@@ -57,7 +62,8 @@ class HashingFile:
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         if self.error is None:
-            self._hash.update(view)
+            hashing = threading.Thread(target=self._hash.update, args=(view,))
+            hashing.start() if len(view) > _ASIDE else hashing.run()
             self.size += len(view)
             try:
                 rest = view
@@ -65,6 +71,10 @@ class HashingFile:
                     rest = rest[os.write(self._fd, rest) :]
             except OSError as error:
                 self.error = OSError(error.errno, error.strerror, str(self._path))
+            begun = time.perf_counter()
+            if len(view) > _ASIDE:
+                hashing.join()
+            self.held_up += time.perf_counter() - begun
         return len(view)
 
     def flush(self) -> None:

@@ -79,6 +79,7 @@ class Files(CheckpointEngine):
         """Manifest of a checkpoint of another number of ranks, whose shards are cut anew; None for as many."""
         self.written: dict[str, dict[str, Any]] = {}
         self.errors: list[str] = []
+        self.held_up = 0.0
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """DeepSpeed announces a checkpoint; nothing to prepare."""
@@ -102,6 +103,7 @@ class Files(CheckpointEngine):
 
     def note(self, name: str, file: HashingFile) -> None:
         self.written[name] = {"size": file.size, "sha256": file.sha256, "rank": rank_and_size()[0]}
+        self.held_up += file.held_up
         if file.error is not None:
             self.errors.append(str(file.error))
 

@@ -284,6 +284,8 @@ def test_storage_failure_of_one_rank_is_everyones_none_and_training_goes_on(trai
         assert out["left"] == ["BEST", "LATEST", f"step-{SAVED_AT}"]
         assert Path(out["last"]).name == f"step-{STEPS}"
     assert commit.verify(Path(ranks[0]["last"])) == []
+    seconds = commit.read_manifest(Path(ranks[0]["last"]))["seconds"]
+    assert 0 <= seconds["hashing"] < seconds["writing"] < 60
     assert commit.pointer(folder / "run", commit.LATEST).name == f"step-{STEPS}"
     assert commit.pointer(folder / "run", commit.BEST).name == f"step-{SAVED_AT}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from eventlens_ds import cli
 from eventlens_ds.errors import DataError
 from eventlens_ds.runtime import commit
 
@@ -260,3 +262,39 @@ def test_shares_cover_every_file_once(tmp_path):
         flip(path / file, 1, 1)
     shares = [commit.verify(path, share=(rank, 2)) for rank in (0, 1)]
     assert [len(share) for share in shares] == [1, 1] and shares[0] != shares[1]
+
+
+def test_large_writes_are_hashed_aside_and_whole(tmp_path: Path) -> None:
+    """Pieces on both sides of the size from which a thread hashes, in their order."""
+    pieces = [random.Random(size).randbytes(size) for size in (3, commit._ASIDE + 1, 7, 2 * commit._ASIDE, 0)]
+    out = commit.HashingFile(tmp_path / "a")
+    for piece in pieces:
+        out.write(bytearray(piece))
+    out.close()
+    whole = b"".join(pieces)
+    assert (tmp_path / "a").read_bytes() == whole and out.size == len(whole) and out.error is None
+    assert out.sha256 == hashlib.sha256(whole).hexdigest() and 0 <= out.held_up < 60
+    again = commit.HashingFile(tmp_path / "a")
+    assert isinstance(again.error, FileExistsError), "no file is written over"
+
+
+@pytest.mark.P9
+def test_verify_tells_what_a_checkpoint_holds_and_how_long_it_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path, 3)
+    assert cli.main(["verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"ok       {path}: 2 files, 0.0 MiB\n"  # an older checkpoint
+    manifest = commit.read_manifest(path)
+    shutil.rmtree(path)
+    (tmp_path / "new" / "state").mkdir(parents=True)
+    files = {name: {**commit.write_file(tmp_path / "new" / name, b"x"), "rank": 0} for name in manifest["files"]}
+    (tmp_path / "new").rename(tmp_path / commit.FOLDER / ".tmp-step-4-x")
+    seconds = {"writing": 1.5, "hashing": 0.1}
+    made = {**manifest_of(4, files), "seconds": seconds}
+    last = commit.publish(tmp_path / commit.FOLDER / ".tmp-step-4-x", made)
+    assert cli.main(["verify", str(last)]) == 0
+    assert "written in 1.5 s, 0.1 s of it hashing" in capsys.readouterr().out
+    flip(last / "rng-rank0.safetensors", 0, 0)
+    assert cli.main(["verify", str(last)]) == DataError.code
+    assert "DAMAGED" in capsys.readouterr().out
