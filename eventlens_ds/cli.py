@@ -243,11 +243,9 @@ def _verify(args: argparse.Namespace, _rest: list[str]) -> int:
 
 def _size(manifest: dict[str, Any]) -> str:
     """What a checkpoint holds and, of its slowest rank, how long writing took."""
-    files, seconds = manifest["files"].values(), manifest.get("seconds")
+    files, took = manifest["files"].values(), manifest.get("seconds")
     told = f"{len(files)} files, {sum(entry['size'] for entry in files) / 2**20:.1f} MiB"
-    return (
-        told if not seconds else f"{told}, written in {seconds['writing']:g} s, {seconds['hashing']:g} s of it hashing"
-    )
+    return f"{told}, written in {took['writing']:g} s, {took['hashing']:g} s of it hashing" if took else told
 
 
 def _doctor(args: argparse.Namespace, _rest: list[str]) -> int:
