@@ -125,21 +125,13 @@ def test_words_start_as_far_apart_as_asked_before_a_head_of_their_own() -> None:
     assert changed == {"language_model.model.embed_tokens.weight"}
 
 
-def test_published_and_t5_models_refuse_a_spread_of_words(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("setting", "t5"), [("qk_correlation", "T5 has no"), ("word_spread", "T5 keeps")])
+def test_published_and_t5_models_refuse_another_start(setting: str, t5: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer("")
     tiny.llama(len(tokenizer)).save_pretrained(tmp_path)
-    for model, why in (({"language_path": str(tmp_path)}, "its own weights"), ({"preset": "tiny-t5"}, "T5 keeps")):
-        config = ModelConfig(word_spread=1.0, **model)
-        with pytest.raises(UserError, match=f"word_spread 1.0: .*{why}"):
-            model_config(config, tokenizer, from_scratch_is_fine=True)
-
-
-def test_published_and_t5_models_refuse_a_correlation(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer("")
-    tiny.llama(len(tokenizer)).save_pretrained(tmp_path)
-    for model, why in (({"language_path": str(tmp_path)}, "its own weights"), ({"preset": "tiny-t5"}, "T5 has no")):
-        config = ModelConfig(qk_correlation=0.5, **model)
-        with pytest.raises(UserError, match=f"qk_correlation 0.5: .*{why}"):
+    for model, why in (({"language_path": str(tmp_path)}, "its own weights"), ({"preset": "tiny-t5"}, t5)):
+        config = ModelConfig(**{setting: 0.5}, **model)
+        with pytest.raises(UserError, match=f"{setting} 0.5: .*{why}"):
             model_config(config, tokenizer, from_scratch_is_fine=True)
 
 
