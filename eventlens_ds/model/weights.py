@@ -9,6 +9,7 @@ the mapped file, so a node reads and holds one copy of the weights however many 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,17 +27,20 @@ _MEAN_ROWS = 4096
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names of parameters loaded, left as they were (new), and names of tensors nobody wanted (unused)."""
+    """Names of parameters loaded, left as they were (new), and names of tensors nobody wanted (unused). overruled:
+    tensors with values of their own that the model ties to another, whose values it has taken; known where they are."""
 
     source: str
     loaded: frozenset[str]
     new: frozenset[str]
     unused: frozenset[str]
+    overruled: frozenset[str] = frozenset()
 
     def text(self) -> str:
         lines = [f"weights from {self.source}: {len(self.loaded)} loaded"]
         lines += [f"  new (stay as initialised): {listed(self.new)}"] if self.new else []
         lines += [f"  unused: {listed(self.unused)}"] if self.unused else []
+        lines += [f"  tied here, their own values dropped: {listed(self.overruled)}"] if self.overruled else []
         return "\n".join(lines)
 
 
@@ -90,6 +94,9 @@ def assign(
     Raises DataError for a wrong shape, and for two tensors that are the same parameter but differ in name.
     """
     homes = _homes(model)
+    names = Counter(canonical for canonical, _ in homes.values())
+    tied: dict[str, tuple[str, torch.Tensor]] = {}
+    overruled: set[str] = set()
     given: dict[str, str] = {}
     done: set[str] = set()
     unused: set[str] = set()
@@ -102,12 +109,16 @@ def assign(
         _check(source, name, tensor, home, target in may_grow)
         if given.setdefault(target, name) != name:
             raise DataError(f"{source}: tensors {given[target]} and {name} are both {target}")
+        if names[canonical] > 1:
+            other, values = tied.setdefault(canonical, (name, tensor))
+            if not tensor.is_meta and not torch.equal(values, tensor):
+                overruled.add(other if target == canonical else name)
         # Of tied weights the first name wins, whatever the order of the file.
         if target == canonical or canonical not in done:
             _write(home, tensor, everywhere)
         done.add(canonical)
     new = {name for name, _ in model.named_parameters()} - done
-    return LoadReport(source, frozenset(done), frozenset(new), frozenset(unused))
+    return LoadReport(source, frozenset(done), frozenset(new), frozenset(unused), frozenset(overruled))
 
 
 def _homes(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:

@@ -93,8 +93,9 @@ def weights_of_run(model: nn.Module, source: str) -> weights.LoadReport:
     """--init-from: weights of a run or checkpoint, read by rank 0 alone, or of a folder of `eventlens convert`. A
     collective.
 
-    Raises DataError when nothing there verifies, for LoRA that this model has no place for, and for a converted part
-    that does not fit; UserError for model.qk_correlation, which loaded weights would replace."""
+    Raises DataError when nothing there verifies, for LoRA that this model has no place for, for an output matrix that
+    this model ties to its word embeddings, and for a converted part that does not fit; UserError for
+    model.qk_correlation, which loaded weights would replace."""
     if (Path(source) / folders.CONVERTED).is_file():
         return folders.load_parts(model, folders.read_folder(Path(source)), source)
     path = commit.resolve(Path(source))
@@ -104,6 +105,10 @@ def weights_of_run(model: nn.Module, source: str) -> weights.LoadReport:
     mixed = getattr(getattr(model, "config", None), "qk_correlation", 0.0)
     if mixed and any(name.startswith("language_model.") for name in report.loaded):
         raise UserError(f"model.qk_correlation {mixed}: {source} brings the language model's weights; set it to 0")
+    overruled = broadcast_object(sorted(report.overruled))
+    if overruled:
+        why = "has values of its own, and this model ties it to another tensor; set model.word_spread as it was there"
+        raise DataError(f"--init-from {path}: {overruled[0]} {why}")
     lost = {name for name in report.unused if lora.MARK in name}
     if lost:
         raise DataError(f"--init-from {path}: was trained with LoRA ({min(lost)}), set model.lora as it was there")

@@ -14,7 +14,7 @@ from torch import nn
 
 from eventlens_ds.config.run_config import ModelConfig
 from eventlens_ds.data.tokenizer import load_tokenizer
-from eventlens_ds.errors import UserError
+from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.model import initial
 from eventlens_ds.model.presets import model_config
 from eventlens_ds.model.region_vlm import RegionVLM
@@ -135,11 +135,18 @@ def test_published_and_t5_models_refuse_another_start(setting: str, t5: str, tmp
             model_config(config, tokenizer, from_scratch_is_fine=True)
 
 
-def test_a_correlation_that_loaded_weights_would_replace_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_does_not_fit_the_loaded_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, name = built(), "language_model.model.norm.weight"
     monkeypatch.setattr(build_model.commit, "resolve", lambda path: path)
     monkeypatch.setattr(build_model, "_from_lead", lambda path: iter([(name, torch.ones(128))]))
     assert build_model.weights_of_run(ours, "run").loaded == {name}
+    words, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+    shape = ours.get_input_embeddings().weight.shape
+    untied = [(words, torch.zeros(shape)), (head, torch.ones(shape))]
+    monkeypatch.setattr(build_model, "_from_lead", lambda path: iter(untied))
+    with pytest.raises(DataError, match=f"--init-from run: {head} has values of its own"):
+        build_model.weights_of_run(ours, "run")
+    monkeypatch.setattr(build_model, "_from_lead", lambda path: iter([(name, torch.ones(128))]))
     ours.config.qk_correlation = 0.5
     with pytest.raises(UserError, match="qk_correlation 0.5: run brings the language model's weights"):
         build_model.weights_of_run(ours, "run")

@@ -150,6 +150,9 @@ def test_tied_tensors_that_differ_take_the_first_name_in_any_order() -> None:
         values = {"a": torch.ones(2), "b": torch.full((2,), 2.0)}
         report = weights.assign(model, [(n, values[n]) for n in names], "file")
         assert torch.equal(model.a, torch.ones(2)) and report.loaded == {"a"} and not report.new
+        assert report.overruled == {"b"} and "their own values dropped: b" in report.text()
+        same = weights.assign(model, [(n, torch.ones(2)) for n in names], "file")
+        assert same.overruled == set() and "dropped" not in same.text()
 
 
 def test_two_tensors_for_one_parameter_are_an_error() -> None:
