@@ -22,7 +22,7 @@ import pytest
 
 from eventlens_ds.data import plan as plan_module
 from eventlens_ds.data.packing import GroupTable, Row, RowCounts
-from eventlens_ds.data.plan import Plan, draw, draw_many, generator, id_bits, permuted
+from eventlens_ds.data.plan import Plan, draw_many
 from eventlens_ds.errors import DataError, UserError
 
 CASES = 2000
@@ -308,9 +308,8 @@ def test_lengths_may_depend_on_the_epoch():
     assert {group for _, group, _ in plan.refused_in(3)} == never | set(np.flatnonzero(lengths(3) > 28).tolist())
     for row in plan.step(150):
         assert row.epoch > 0 and row.tokens == sum(int(lengths(row.epoch)[group]) for _, group in row.groups) <= 28
-    assert ids(Plan([one], seed=0, row_tokens=28, rows_per_step=3, window=32), range(150, 160)) == ids(
-        plan, range(150, 160)
-    )
+    again = Plan([one], seed=0, row_tokens=28, rows_per_step=3, window=32)
+    assert ids(again, range(150, 160)) == ids(plan, range(150, 160))
 
 
 def test_later_epochs_in_which_nothing_fits_end_in_an_error():
@@ -371,9 +370,8 @@ def test_lengths_that_change_under_an_unchanged_fingerprint_are_refused(tmp_path
     ],
 )
 def test_impossible_settings_are_one_clear_line(change, message):
-    settings = {"seed": 0, "row_tokens": 10, "rows_per_step": 1} | change
     with pytest.raises(UserError, match=message) as caught:
-        Plan([table([5]), table([7], "photos")], **settings)
+        Plan([table([5]), table([7], "photos")], **{"seed": 0, "row_tokens": 10, "rows_per_step": 1, **change})
     assert "\n" not in str(caught.value)
 
 
@@ -382,68 +380,6 @@ def test_empty_tables_are_named():
         Plan([table([5]), table([], "photos")], seed=0, row_tokens=10, rows_per_step=1)
     with pytest.raises(UserError, match="no data set"):
         Plan([], seed=0, row_tokens=10, rows_per_step=1)
-
-
-@pytest.mark.P3
-def test_draw_depends_on_every_argument_and_nothing_else():
-    base = (0, 1, "vcr-17", "template")
-    value = draw(*base)
-    assert draw(1, 1, "other") is not None and draw(*base) == value
-    others = [draw(1, 1, "vcr-17", "template"), draw(0, 2, "vcr-17", "template"), draw(0, 1, "vcr-18", "template")]
-    others += [draw(0, 1, "vcr-17", "shots"), draw(0, 1, 17), draw(0, 1, -17), draw(0, 1, "17")]
-    assert len({value, *others}) == 8 and all(0 <= one < 2**64 for one in others)
-    names = ["a", "b", 5, 2**64 - 1]
-    many = draw_many(7, 3, np.array([id_bits(name) for name in names], np.uint64), "tags")
-    assert many.tolist() == [draw(7, 3, name, "tags") for name in names]
-    assert draw_many(7, 3, np.arange(4)).tolist() == [draw(7, 3, at) for at in range(4)]
-    assert generator(0, 1, "a").integers(1 << 40) == generator(0, 1, "a").integers(1 << 40)
-    assert generator(0, 1, "a").integers(1 << 40) != generator(0, 1, "b").integers(1 << 40)
-
-
-def test_splitmix64_matches_its_published_first_output():
-    """The first output of the reference implementation (Vigna, splitmix64.c) from state 0."""
-    assert plan_module._mix(0) == 0xE220A8397B1DCDAF
-
-
-def chi_square(counts: np.ndarray) -> float:
-    """Pearson's statistic against equal counts, in standard deviations from its mean."""
-    expected, freedom = counts.mean(), counts.size - 1
-    return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
-
-
-def test_draws_are_uniform():
-    values = draw_many(0, 0, np.arange(200_000))
-    assert abs(chi_square(np.bincount((values % np.uint64(97)).astype(np.int64)))) < 5
-    assert abs(chi_square(np.bincount((values >> np.uint64(57)).astype(np.int64)))) < 5
-    assert chi_square(np.bincount(np.arange(200_000) ** 2 % 97)) > 50, "control: a poor hash is seen"
-
-
-@pytest.mark.P3
-@pytest.mark.parametrize("size", [1, 2, 3, 17, 1 << 14, (1 << 14) + 1, 16_900, 16_901, 99_991])
-def test_permutations_hold_every_entry_once(size):
-    whole = permuted(5, size, np.arange(size))
-    assert (np.sort(whole) == np.arange(size)).all()
-    at = np.array([size - 1, 0, size // 2])
-    assert permuted(5, size, at).tolist() == whole[at].tolist()
-    assert size < 4 or (permuted(6, size, np.arange(size)) != whole).any()
-
-
-@pytest.mark.parametrize("size", [16_000, 99_991])
-def test_permutations_look_random(size):
-    """Where blocks of entries come from, and the step between neighbours, for both ways to permute."""
-    blocks, steps = np.zeros((16, 16)), np.zeros(16)
-    for key in range(20):
-        whole = permuted(key, size, np.arange(size))
-        np.add.at(blocks, (np.arange(size) * 16 // size, whole * 16 // size), 1)
-        steps += np.bincount(np.diff(whole) % size * 16 // size, minlength=16)
-    assert chi_square(blocks.ravel()) < 5 and chi_square(steps) < 5
-    shift = (np.arange(size) + 12_345) % size
-    assert chi_square(np.bincount(np.diff(shift) % size * 16 // size, minlength=16)) > 50, "control: a rotation"
-
-
-def test_small_permutations_are_all_equally_likely():
-    counts = Counter(tuple(permuted(draw(0, 0, key), 4, np.arange(4)).tolist()) for key in range(4800))
-    assert len(counts) == 24 and chi_square(np.array(list(counts.values()))) < 5
 
 
 @pytest.mark.slow
@@ -458,9 +394,7 @@ def test_ten_million_groups(tmp_path):
         plan.prepare(10_000)
         assert time.process_time() - began < limit
     assert plan.fill(0).share >= 0.95
-    slowest = 0.0
     for step in range(0, 12_000, 400):
         began = time.process_time()
         plan.step(step)
-        slowest = max(slowest, time.process_time() - began)
-    assert slowest < 0.05
+        assert time.process_time() - began < 0.05

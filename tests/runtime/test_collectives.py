@@ -1,6 +1,6 @@
 """Two gloo ranks, one of which takes another path through the model: the recorder names the module (P5).
 
-The file is its own job, as in test_checkpoint.py.
+The file is its own job, as checkpoint_jobs.py.
 """
 
 from __future__ import annotations

@@ -83,5 +83,5 @@ def test_every_program_of_ranks_ends_by_leave() -> None:
         for path in sorted((ROOT / folder).rglob("*.py"))
         if MAIN in (text := path.read_text()) and starts.search(text)
     }
-    assert {"tests/runtime/test_checkpoint.py", "eventlens_ds/launch/parity.py"} <= programs.keys()
+    assert {"tests/runtime/checkpoint_jobs.py", "eventlens_ds/launch/parity.py"} <= programs.keys()
     assert [name for name, ending in programs.items() if "leave(" not in ending] == []

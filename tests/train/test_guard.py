@@ -1,7 +1,7 @@
 """A step whose loss or gradient is no number, or far off, is skipped on all ranks: weights and moments keep their bits.
 
 In: two real gloo ranks under ZeRO 0 to 3, with NaN put into the loss or the gradient of one of them. Out: bytes of
-parameters and moments before and after, and what the run writes. The file is its own job, as test_checkpoint.py.
+parameters and moments before and after, and what the run writes. The file is its own job, as checkpoint_jobs.py.
 """
 
 from __future__ import annotations
