@@ -122,8 +122,10 @@ requeue() {
   esac
   trap - TERM USR1
   # Slurm would also requeue a job that is just being cancelled; its ranks stop a moment before this shell hears of it.
+  # And a shell that was cut off from Slurm would stop the attempt that has been started in its place.
   case $(scontrol show job "$SLURM_JOB_ID" -o) in
-    *" JobState=RUNNING "*) ;;
+    *" JobState=RUNNING "*" Restarts=$restart "*) ;;
+    *" JobState=RUNNING "*) die 143 "Slurm has started this job again meanwhile: that attempt goes on" ;;
     *) die 143 "stopped because the job is being ended" ;;
   esac
   if scontrol requeue "$SLURM_JOB_ID"; then sleep 300; fi  # it ends this shell
@@ -150,7 +152,9 @@ refuse_nodes() {
 
 check_nodes() {  # run folder
   local bad=$1/slurm/bad-$SLURM_JOB_ID.$restart
-  [ "${EVENTLENS_PREFLIGHT:-1}" = 1 ] || return 0
+  # Once an attempt: waiting for a run folder in use changes no node.
+  if [ "${EVENTLENS_PREFLIGHT:-1}" != 1 ] || [ -n "${checked:-}" ]; then return 0; fi
+  checked=1
   rm -f "$bad"
   srun --export=ALL --job-name=check --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
     --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=30 "${container[@]}" bash "$here/rank.sh" \
@@ -204,12 +208,13 @@ train_job() {
   done
 }
 
-# Ends this shell, or returns to try again (a run folder that is still leased by the attempt before).
+# Ends this shell, or returns to try again: the run folder is still leased by the attempt before, whose rank lives on
+# where Slurm cannot reach it. That is bounded by EVENTLENS_LEASE_TRIES and counts as no crash.
 end_of_attempt() {
   answer=$(python -m eventlens_ds.launch.job conclude --run "$run" --before "$before" --exits "$EVENTLENS_EXITS" \
     --srun "$code" --stop "$stop" --stop-seconds "$stop_seconds" --seconds $((SECONDS - started)) \
     --job "$SLURM_JOB_ID.$restart" --nodes "$SLURM_JOB_NODELIST" --max-crashes "${EVENTLENS_MAX_CRASHES:-3}" \
-    --lease-tries "${EVENTLENS_LEASE_TRIES:-10}") ||
+    --lease-tries "${EVENTLENS_LEASE_TRIES:-30}") ||
     die "$((code ? code : 1))" "$run: how it ended cannot be told (srun ended with $code)"
   { read -r decision; read -r code; read -r reason; } <<<"$answer"
   say "$reason"

@@ -29,7 +29,8 @@
 : "${EVENTLENS_REQUEUE:=1}"       # 1: a job that was stopped is queued again; 0: it ends with 75
 : "${EVENTLENS_MAX_CRASHES:=3}"   # attempts in a row that fail without a new checkpoint before the job gives up
 : "${EVENTLENS_LEASE_WAIT:=30}"   # seconds until a restarted job asks again for a run folder in use (exit code 4)
-: "${EVENTLENS_LEASE_TRIES:=10}"  # how often
+: "${EVENTLENS_LEASE_TRIES:=30}"  # how often, then it ends with 4. Longer in all than train.timeout_minutes: an attempt
+                                  # that was cut off from Slurm may hold the folder until its collectives time out
 
 # 4. Modules and variables. This runs on the first node of the job; srun hands the environment to all ranks.
 # module load cuda

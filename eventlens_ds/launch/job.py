@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from eventlens_ds.errors import UserError
-from eventlens_ds.runtime import commit
+from eventlens_ds.runtime import commit, lease
 from eventlens_ds.train import door, outcome
 
 FINAL = (2, 3, 6)
@@ -46,7 +46,7 @@ class End(NamedTuple):
 
     state: of outcome.json, "" when this attempt did not write it. code: of outcome.json, else of the first rank that
     failed, else of srun. signal: what the script was sent, USR1 (stop soon), TERM (being cancelled) or "".
-    step: newest committed checkpoint. restarted: Slurm has run this job before.
+    step: newest committed checkpoint. restarted: Slurm has run this job before. job: number and restart of the job.
     """
 
     state: str
@@ -55,6 +55,7 @@ class End(NamedTuple):
     signal: str
     step: int
     restarted: bool
+    job: str = ""
 
 
 def decide(end: End, earlier: Sequence[dict[str, Any]], *, max_crashes: int, lease_tries: int) -> Decision:
@@ -70,15 +71,15 @@ def decide(end: End, earlier: Sequence[dict[str, Any]], *, max_crashes: int, lea
     if end.code in FINAL:
         return Decision("exit", end.code, f"failed with code {end.code}, which no other attempt changes: {end.reason}")
     if end.code == LEASED:
-        tries = _trailing(earlier, lambda row: row["code"] == LEASED)
-        if (end.restarted or tries) and tries < lease_tries:
-            return Decision(
-                "again", LEASED, f"the run folder is in use, try {tries + 1} of {lease_tries}: {end.reason}"
-            )
-        return Decision("exit", LEASED, f"the run folder is in use: {end.reason}")
+        # Only a restarted job can be kept out by its own attempt before, cut off from Slurm while its rank lives on.
+        tries = 1 + sum(row["code"] == LEASED and row["job"] == end.job for row in earlier)
+        what = f"the run folder is in use, try {tries} of {lease_tries if end.restarted else 1}: {end.reason}"
+        return Decision("again" if end.restarted and tries < lease_tries else "exit", LEASED, what)
     code = end.code or 1
+    # Having waited for the run folder is neither a crash nor progress.
+    runs = [row for row in earlier if row["code"] != LEASED]
     fruitless = 1 + _trailing(
-        earlier, lambda row: row["step"] == end.step and row["decision"] == "requeue" and row["code"]
+        runs, lambda row: row["step"] == end.step and row["decision"] == "requeue" and row["code"]
     )
     if fruitless >= max_crashes:
         what = f"{fruitless} attempts in a row without a new checkpoint"
@@ -179,17 +180,19 @@ def read_end(args: argparse.Namespace) -> End:
     ours = int(said.get("attempt", 0)) > args.before
     state = str(said.get("state", "")) if ours else ""
     first = args.exits.read_text().splitlines()[:1] if args.exits.exists() else []
-    code, reason = args.srun, f"srun ended with {args.srun}" if args.srun else ""
+    code, reason = args.srun, f"srun ended with {args.srun}" if args.srun else "the ranks ended without a word"
     if first:
         number, rank, node = first[0].split()
         code, reason = int(number), f"rank {rank} on {node} ended with {number}"
+    if code == LEASED and not ours:
+        reason = f"held by {lease.holder(args.run)}"
     # srun sends TERM to the others when one rank fails: then theirs is not the reason.
     if ours and state == outcome.FAILED and not (first and said["code"] == TERMINATED):
         code, reason = int(said["code"]), str(said["reason"])
     if state == outcome.PREEMPTED and code not in (0, PLANNED, TERMINATED):
         state = outcome.FAILED  # the others stopped because srun told them to, when this rank had failed
     restarted = args.job.rpartition(".")[2] not in ("", "0")
-    return End(state, code, reason, args.stop, newest_step(args.run), restarted)
+    return End(state, code, reason, args.stop, newest_step(args.run), restarted, args.job)
 
 
 def lead(settings: Sequence[str]) -> str:

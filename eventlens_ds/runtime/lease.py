@@ -95,6 +95,12 @@ def describe(holder: dict[str, Any]) -> str:
     return f"{job}process {holder.get('pid', '?')} on {holder.get('host', '?')}"
 
 
+def holder(run_dir: Path) -> str:
+    """Who holds a run folder, in words; for a reader that does not ask for it."""
+    generation = newest(run_dir)
+    return f"{describe(_read(run_dir, generation)[1])} (lease {generation})"
+
+
 class Lease:
     """The right to write a run folder. `held` and `check` ask the file system; `release` gives it back."""
 
@@ -112,10 +118,8 @@ class Lease:
     def check(self) -> None:
         """LeaseError unless the lease is still ours."""
         if not self.held():
-            now = newest(self.run_dir)
-            holder = describe(_read(self.run_dir, now)[1])
             raise LeaseError(
-                f"{self.run_dir}: taken over by {holder} (lease {now}, ours was {self.generation}): this job was "
+                f"{self.run_dir}: taken over by {holder(self.run_dir)}, ours was lease {self.generation}: this job was "
                 "silent for too long and writes nothing more"
             )
 

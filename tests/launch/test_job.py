@@ -23,8 +23,10 @@ def decide(end: End, earlier: list[dict[str, Any]] | None = None) -> tuple[str, 
     return made.action, made.code
 
 
-def end(state: str = "", code: int = 0, signal: str = "", step: int = 5, restarted: bool = False) -> End:
-    return End(state, code, "why", signal, step, restarted)
+def end(
+    state: str = "", code: int = 0, signal: str = "", step: int = 5, restarted: bool = False, job: str = "7.0"
+) -> End:
+    return End(state, code, "why", signal, step, restarted, job)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_what_follows_an_end(ended: End, then: tuple[str, int]) -> None:
 
 
 def rows(*steps: int, code: int = 1, decision: str = "requeue") -> list[dict[str, Any]]:
-    return [{"code": code, "step": step, "decision": decision} for step in steps]
+    return [{"code": code, "step": step, "decision": decision, "job": "7.0"} for step in steps]
 
 
 def test_crashes_without_a_new_checkpoint_end() -> None:
@@ -65,9 +67,22 @@ def test_crashes_without_a_new_checkpoint_end() -> None:
     assert decide(end("failed", 1), rows(5, 5) + rows(5, code=0)) == ("requeue", 1)
 
 
+def waited(*jobs: str) -> list[dict[str, Any]]:
+    return [{**row, "job": name} for row, name in zip(rows(*[5] * len(jobs), code=4, decision="again"), jobs)]
+
+
 def test_a_lease_is_not_waited_for_for_ever() -> None:
-    assert decide(end("failed", 4, restarted=True), rows(5, code=4, decision="again")) == ("again", 4)
-    assert decide(end("failed", 4, restarted=True), rows(5, 5, code=4, decision="again")) == ("exit", 4)
+    assert decide(end("failed", 4, restarted=True, job="7.1"), waited("7.1")[:0]) == ("again", 4)
+    assert decide(end("failed", 4, restarted=True, job="7.1"), waited("7.1")) == ("exit", 4)
+    # What other attempts waited is theirs, and a first attempt does not wait: it is another job's folder.
+    assert decide(end("failed", 4, restarted=True, job="7.2"), waited("7.1", "6.1")) == ("again", 4)
+    assert decide(end("failed", 4, job="8.0"), waited("7.1")) == ("exit", 4)
+
+
+def test_waiting_for_a_lease_is_neither_a_crash_nor_progress() -> None:
+    crash = rows(5)
+    assert decide(end("failed", 1), crash + waited("7.1", "7.1", "7.1")) == ("requeue", 1)
+    assert decide(end("failed", 1), crash + waited("7.1") + crash + waited("7.2")) == ("exit", 1)
 
 
 def conclude(run: Path, srun: int = 0, before: int = 1, exits: str = "", **more: str) -> tuple[str, int]:

@@ -1,7 +1,7 @@
 """A Slurm cluster per test file, and ranks that take no time.
 
 In: Slurm's daemons; without them the tests skip with the reason, and fail where REQUIRE_SLURM=1. Out: the fixtures
-`cluster` and `toy`. Decision: tests of the life cycle run the real scripts on real daemons with toy ranks
+`cluster`, `toy` and `begin`. Decision: tests of the life cycle run the real scripts on real daemons with toy ranks
 (tests/slurm/toy.py), because what is tested is who signals, waits and queues again; what trains is tested beside them.
 """
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, obstacle
+from tests.slurm.cluster import SLURM, Cluster, obstacle
+
+STEPS = 12
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +49,18 @@ exec {sys.executable} "$@"
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
+
+
+@pytest.fixture
+def begin(cluster: Cluster, toy: str, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Submits pretrain.sh on two nodes with the run folder `tmp_path`/run; environment as keyword arguments."""
+
+    def submit(*options: str, settings: tuple[str, ...] = (), **env: str) -> str:
+        place = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", *options, str(SLURM / "pretrain.sh")]
+        given = [f"--io.run={tmp_path / 'run'}", f"--data.train={tmp_path}", f"--train.steps={STEPS}", *settings]
+        return cluster.submit(*place, "tiny_event", *given, **{"EVENTLENS_PYTHON": toy, **env})
+
+    yield submit
+    print(cluster.logs())
+    for path in cluster.folder.glob("*.log"):
+        path.unlink()

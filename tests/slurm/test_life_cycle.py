@@ -9,30 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from eventlens_ds.launch import job as launch
 from tests.slurm.cluster import SLURM, Cluster, Job
-
-STEPS = 12
-
-
-@pytest.fixture
-def begin(cluster: Cluster, toy: str, tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Submits pretrain.sh on two nodes with the run folder `tmp_path`/run; environment as keyword arguments."""
-
-    def submit(*options: str, settings: tuple[str, ...] = (), **env: str) -> str:
-        place = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", *options, str(SLURM / "pretrain.sh")]
-        given = [f"--io.run={tmp_path / 'run'}", f"--data.train={tmp_path}", f"--train.steps={STEPS}", *settings]
-        return cluster.submit(*place, "tiny_event", *given, **{"EVENTLENS_PYTHON": toy, **env})
-
-    yield submit
-    print(cluster.logs())
-    for path in cluster.folder.glob("*.log"):
-        path.unlink()
+from tests.slurm.conftest import STEPS
 
 
 def steps(run: Path) -> list[int]:

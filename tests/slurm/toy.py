@@ -2,14 +2,16 @@
 
 In: the arguments of `python -m eventlens_ds.train`, and TOY_FAULT: a Python expression over `step`, `attempt` and
 `rank` whose value is an exit code (0: go on; below 0: that signal), evaluated before every step, with TOY_EARLY also
-before the attempt is opened; TOY_START: seconds before the first step. Out: outcome.json by the trainer's own
-functions, empty checkpoint folders, RUN/steps.txt (one line a step).
+before the attempt is opened; TOY_START: seconds before the first step; TOY_HANG: another expression, where it is true
+the rank waits for ever as in a collective whose other ranks are gone; TOY_LEASE=0: it overlooks the lease of others.
+Out: outcome.json and lease by the trainer's own functions, empty checkpoint folders, RUN/steps.txt (one line a step).
 Decision: only rank 0 has state, and it tells the others through a file, so that no rank needs torch.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -29,7 +31,11 @@ def main(argv: list[str]) -> int:
     run, rank = Path(config.io.run), int(os.environ["SLURM_PROCID"])
     if os.environ.get("TOY_EARLY"):
         fault(0, 0, rank)
-    with outcome.Attempt(run) as attempt:
+    if os.environ.get("TOY_LEASE") == "0":
+        shutil.rmtree(run / "lease", ignore_errors=True)
+    with outcome.Attempt(run, config.io.lease_seconds) as attempt:
+        if attempt.problem is not None:
+            raise attempt.problem
         time.sleep(float(os.environ.get("TOY_START", "0")))
         with StopFlag() as stop:
             return train(run, rank, config.train.steps, attempt, stop)
@@ -39,6 +45,8 @@ def train(run: Path, rank: int, steps: int, attempt: outcome.Attempt, stop: Stop
     number, step, end = together(run, rank)
     while step < steps:
         fault(step, number, rank)
+        while value("TOY_HANG", step, number, rank):
+            time.sleep(0.2)
         time.sleep(0.2)
         step += 1
         if rank == 0:
@@ -77,9 +85,12 @@ def together(run: Path, rank: int) -> tuple[int, int, Path]:
     return number, step, run / f"end-{key}"
 
 
+def value(name: str, step: int, attempt: int, rank: int) -> int:
+    return int(eval(os.environ.get(name, "0"), {"step": step, "attempt": attempt, "rank": rank}))
+
+
 def fault(step: int, attempt: int, rank: int) -> None:
-    expression = os.environ.get("TOY_FAULT", "0")
-    code = int(eval(expression, {"step": step, "attempt": attempt, "rank": rank}))
+    code = value("TOY_FAULT", step, attempt, rank)
     if code < 0:
         os.kill(os.getpid(), -code)
         time.sleep(5)
