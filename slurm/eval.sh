@@ -3,7 +3,6 @@
 # A replica of the model per rank, rows shared out over the ranks; --zero3 partitions it.
 #SBATCH --job-name=eval
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --exclusive

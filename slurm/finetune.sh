@@ -3,7 +3,6 @@
 # As slurm/pretrain.sh in everything but the default recipe.
 #SBATCH --job-name=finetune
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --exclusive

@@ -55,7 +55,6 @@ submit() {
     # A task of a data build has one node and no GPU.
     case $script:$name in shards.sh:nodes | shards.sh:gpus*) continue ;; esac
     [ -z "${!value:-}" ] || options+=("--${name//_/-}=${!value}")
-    [ "$name" != gpus_per_node ] || [ -z "${!value:-}" ] || options+=("--ntasks-per-node=${!value}")
   done
   if [ -n "${lead:-}" ]; then options+=("--signal=B:USR1@$lead"); fi
   options+=("--output=$EVENTLENS_LOGS/%x-%j.log")
@@ -78,22 +77,36 @@ export_environment() {
   unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT
   export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
   export EVENTLENS_LOCAL
-  # From Slurm 22.05 on, srun does not take it from sbatch.
-  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+  # A rank per GPU, counted here: a job that is submitted with a number of tasks keeps it, and with it its number of
+  # nodes, when it is queued again after one of them is lost (`sbatch --nodes=1-2`).
+  # What was asked for, as --exclusive hands out all GPUs of a node; "h100:4" is four of a type.
+  tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}}
+  tasks=${tasks##*:}
+  [[ $tasks =~ ^[0-9]+$ ]] || die 2 "SLURM_NTASKS_PER_NODE, SLURM_GPUS_PER_NODE: \"$tasks\" is no number of ranks a node"
+  [ "$tasks" != 0 ] || tasks=1
+  # From Slurm 22.05 on, srun does not take it from sbatch, which did not ask for as many tasks either.
+  local cpus=${SLURM_CPUS_PER_TASK:-} here_are=${SLURM_CPUS_ON_NODE:-}
+  if [ -n "$cpus" ] && [ -n "$here_are" ] && [ $((cpus * tasks)) -gt "$here_are" ]; then
+    cpus=$((here_are / tasks > 0 ? here_are / tasks : 1))
+    say "$here_are CPUs a node are $cpus a rank, not $SLURM_CPUS_PER_TASK (--cpus-per-task)"
+  fi
+  [ -z "$cpus" ] || export SRUN_CPUS_PER_TASK=$cpus
   [ -z "${EVENTLENS_INTERFACE:-}" ] ||
     export NCCL_SOCKET_IFNAME=$EVENTLENS_INTERFACE GLOO_SOCKET_IFNAME=$EVENTLENS_INTERFACE
   restart=${SLURM_RESTART_COUNT:-0}
-  say "job $SLURM_JOB_ID, restart $restart, ${SLURM_NTASKS:-?} ranks on $SLURM_JOB_NUM_NODES nodes: $SLURM_JOB_NODELIST"
+  say "job $SLURM_JOB_ID, restart $restart, $((tasks * SLURM_JOB_NUM_NODES)) ranks on $SLURM_JOB_NUM_NODES nodes:" \
+    "$SLURM_JOB_NODELIST"
 }
 
 # Traps only note what came: anything longer in a trap can lose a second signal.
 stop=
 take_signals() { trap 'stop=USR1' USR1; trap 'stop=TERM' TERM; }
 
-# ranks COMMAND...: run it on every task of the job. Sets code (of srun) and stop_seconds (from our asking to the end).
+# ranks COMMAND...: run it once for every GPU of the job. Sets code (of srun) and stop_seconds (from our asking to the end).
 ranks() {
   local asked=0 begun=$SECONDS last=-9 id name signal half=$((${EVENTLENS_LEAD:-300} / 2))
-  srun --export=ALL --job-name=ranks --kill-on-bad-exit=1 --wait=60 "${container[@]}" "${srun_options[@]}" \
+  srun --export=ALL --job-name=ranks --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$tasks" \
+    --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) --kill-on-bad-exit=1 --wait=60 "${container[@]}" "${srun_options[@]}" \
     bash "$here/rank.sh" "$@" &
   local srun=$!
   # A signal between a test of $stop and a `wait` for srun would be overlooked, so we wait a second at a time.
@@ -159,7 +172,7 @@ check_nodes() {  # run folder
   srun --export=ALL --job-name=check --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
     --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=30 "${container[@]}" bash "$here/rank.sh" \
     "$EVENTLENS_PYTHON" -m eventlens_ds.launch.node_check --folder "$1" --bad "$bad" \
-    --tasks "${SLURM_NTASKS_PER_NODE:-1}" || refuse_nodes "$bad"
+    --tasks "$tasks" || refuse_nodes "$bad"
 }
 
 # train_job SCRIPT RECIPE [ARGUMENT...]: RECIPE is the script's; a first argument that is no option is another one.

@@ -4,7 +4,6 @@
 # submits N jobs that follow each other. Arguments are those of `eventlens train`.
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --exclusive

@@ -11,8 +11,8 @@
 : "${EVENTLENS_QOS:=}"            # --qos
 : "${EVENTLENS_CONSTRAINT:=}"     # --constraint, e.g. h100
 : "${EVENTLENS_TIME:=}"           # --time, e.g. 12:00:00
-: "${EVENTLENS_NODES:=}"          # --nodes; empty: 1, as the scripts say
-: "${EVENTLENS_GPUS_PER_NODE:=}"  # --gpus-per-node and --ntasks-per-node; empty: 8
+: "${EVENTLENS_NODES:=}"          # --nodes; empty: 1, as the scripts say; 2-4: goes on with 2 when others are gone
+: "${EVENTLENS_GPUS_PER_NODE:=}"  # --gpus-per-node, a rank each; empty: 8
 : "${EVENTLENS_LOGS:=logs}"       # folder of the jobs' logs, made before they are submitted
 
 # 2. What the job needs once it runs.

@@ -56,7 +56,7 @@ def begin(cluster: Cluster, toy: str, tmp_path: Path) -> Iterator[Callable[..., 
     """Submits pretrain.sh on two nodes with the run folder `tmp_path`/run; environment as keyword arguments."""
 
     def submit(*options: str, settings: tuple[str, ...] = (), **env: str) -> str:
-        place = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", *options, str(SLURM / "pretrain.sh")]
+        place = ["--nodes=2", "--gpus-per-node=1", *options, str(SLURM / "pretrain.sh")]
         given = [f"--io.run={tmp_path / 'run'}", f"--data.train={tmp_path}", f"--train.steps={STEPS}", *settings]
         return cluster.submit(*place, "tiny_event", *given, **{"EVENTLENS_PYTHON": toy, **env})
 

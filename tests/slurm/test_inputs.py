@@ -105,7 +105,7 @@ def test_print_shows_the_submission_and_submits_nothing(cluster: Cluster, tmp_pa
     before = cluster.run("squeue", "--noheader", "--states=all")
     said = print_of(cluster, str(SLURM / "pretrain.sh"), "--print", "tiny_event", f"--data.train={tmp_path}", **env)
     command = said.splitlines()[0]
-    for word in ("--account=vision", "--partition=a100", "--nodes=4", "--gpus-per-node=8", "--ntasks-per-node=8"):
+    for word in ("--account=vision", "--partition=a100", "--nodes=4", "--gpus-per-node=8"):
         assert f" {word} " in command
     assert "--signal=B:USR1@300" in command and "EVENTLENS_PARTITION=a100" in said and "#SBATCH --requeue" in said
     assert cluster.run("squeue", "--noheader", "--states=all") == before and not (cluster.folder / "logs").exists()
