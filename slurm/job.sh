@@ -163,16 +163,16 @@ refuse_nodes() {
   exit 6
 }
 
-check_nodes() {  # run folder
+check_nodes() {  # run folder, arguments of `eventlens train`
   local bad=$1/slurm/bad-$SLURM_JOB_ID.$restart
   # Once an attempt: waiting for a run folder in use changes no node.
   if [ "${EVENTLENS_PREFLIGHT:-1}" != 1 ] || [ -n "${checked:-}" ]; then return 0; fi
   checked=1
   rm -f "$bad"
   srun --export=ALL --job-name=check --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
-    --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=30 "${container[@]}" bash "$here/rank.sh" \
+    --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=300 "${container[@]}" bash "$here/rank.sh" \
     "$EVENTLENS_PYTHON" -m eventlens_ds.launch.node_check --folder "$1" --bad "$bad" \
-    --tasks "$tasks" || refuse_nodes "$bad"
+    --tasks "$tasks" "${@:2}" || refuse_nodes "$bad"
 }
 
 # train_job SCRIPT RECIPE [ARGUMENT...]: RECIPE is the script's; a first argument that is no option is another one.
@@ -212,7 +212,7 @@ train_job() {
     answer=$(python -m eventlens_ds.launch.job begin --config "$recipe" "$@") || exit
     { read -r state; read -r run; read -r before; } <<<"$answer"
     if [ "$state" = finished ]; then say "$run: finished before, nothing to do"; exit 0; fi
-    check_nodes "$run"
+    check_nodes "$run" --config "$recipe" "$@"
     export EVENTLENS_EXITS=$run/slurm/exits-$SLURM_JOB_ID.$restart
     : >"$EVENTLENS_EXITS" || die 2 "$EVENTLENS_EXITS: cannot be written"
     started=$SECONDS code=0 stop_seconds=0

@@ -1,8 +1,10 @@
 """A look at every node of an allocation before the ranks start; slurm/job.sh runs it as one task per node.
 
-In: `--folder RUN` on the shared file system, `--tasks N` ranks per node, `--bad FILE`, SLURM_* variables. Out: exit
+In: `--folder RUN` on the shared file system, `--tasks N` ranks per node, `--bad FILE`, SLURM_* variables; after them
+the arguments of `eventlens train`, whose kernels each node compiles for its own caches (launch/warm_up.py). Out: exit
 code 0, or 6 with one line per bad node, whose names the first node writes to FILE. Every node measures itself and
 leaves a note in RUN/slurm; the first node answers connections; each then reads all notes, and the first one judges.
+Then those that answered reduce in pairs (launch/pair_check.py).
 Decision: nodes meet through files and plain sockets, both with time limits, since a collective over a bad node is the
 very thing that hangs; speed is judged against the median of the allocation, because no table knows every machine.
 """
@@ -10,6 +12,7 @@ very thing that hangs; speed is judged against the median of the allocation, bec
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -25,11 +28,12 @@ from statistics import median
 from typing import Any
 
 from eventlens_ds.errors import UserError
+from eventlens_ds.launch import pair_check
 from eventlens_ds.runtime.distributed import first_host
 from eventlens_ds.runtime.failures import leave
 from eventlens_ds.train import door
 
-SECONDS = 120
+SECONDS = 300
 """For everything; a node that needs longer is a bad one."""
 MEMORY_GIB, DISK_GIB, SKEW_SECONDS, SLOWER = 1.0, 1.0, 30.0, 0.6
 """Least free memory and disk, largest clock skew, and the share of the median speed below which a node is bad."""
@@ -42,8 +46,9 @@ class NodeError(UserError):
     code = 6
 
 
-def look(folder: Path, tasks: int) -> dict[str, Any]:
-    """What this node finds out alone: numbers, and `problems` in words."""
+def look(folder: Path, tasks: int, recipe: Sequence[str] = ()) -> dict[str, Any]:
+    """What this node finds out alone: numbers, and `problems` in words. recipe: arguments of `eventlens train` whose
+    kernels are compiled for this node."""
     problems: list[str] = []
     memory = _available_memory()
     if memory < MEMORY_GIB:
@@ -58,7 +63,19 @@ def look(folder: Path, tasks: int) -> dict[str, Any]:
         found["matmul_tflops"] = _matmul(tasks, problems)
     except (ImportError, RuntimeError) as error:
         problems.append(f"torch: {str(error).splitlines()[0]}")
+    try:
+        found["warm_up"] = _warm_up(recipe, on_gpu) if recipe else "no recipe, nothing to warm up"
+    except (ImportError, RuntimeError, UserError) as error:
+        problems.append(f"warm-up: {str(error).splitlines()[0]}")
     return {**found, "problems": problems}
+
+
+def _warm_up(recipe: Sequence[str], on_gpu: bool) -> str:
+    from eventlens_ds.launch.warm_up import warm_up
+
+    parser = door.Parser(add_help=False)
+    door.add_arguments(parser)
+    return warm_up(door.configure(*parser.parse_known_args(door.join_settings(recipe))), on_gpu)
 
 
 def _available_memory() -> float:
@@ -168,16 +185,16 @@ def read_notes(folder: Path, nodes: int, deadline: float) -> dict[str, dict[str,
 def judge(notes: dict[str, dict[str, Any]], expected: Sequence[str]) -> dict[str, list[str]]:
     """Bad nodes and why; empty when all are fit."""
     bad: dict[str, list[str]] = {node: ["no answer"] for node in expected if node not in notes}
-    # A CPU's speed is that of whatever else runs on it; it is shown and not judged.
+    # A CPU's speed is that of whatever else runs on it, and so is that of its sockets; both are shown and not judged.
     speeds = {node: [float(x) for x in note["matmul_tflops"]] * note["on_gpu"] for node, note in notes.items()}
     usual = median([x for found in speeds.values() for x in found] or [0.0])
-    links = [note["gb_per_s"] for note in notes.values() if note.get("gb_per_s")]
+    links = [note["gb_per_s"] for note in notes.values() if note.get("gb_per_s") and note["on_gpu"]]
     clock = median([note["clock_skew"] for note in notes.values()] or [0.0])
     for node, note in notes.items():
         why = list(note["problems"])
         slow = [i for i, x in enumerate(speeds[node]) if x < SLOWER * usual]
         why += [f"device {i} multiplies at {speeds[node][i]:g} TFLOP/s, the median is {usual:g}" for i in slow]
-        if len(links) > 2 and note.get("gb_per_s") and note["gb_per_s"] < SLOWER * median(links):
+        if len(links) > 2 and note["on_gpu"] and (note["gb_per_s"] or median(links)) < SLOWER * median(links):
             why.append(f"reads {note['gb_per_s']:g} GB/s from the first node, the median is {median(links):g}")
         if abs(note["clock_skew"] - clock) > SKEW_SECONDS:
             why.append(f"its clock is {note['clock_skew'] - clock:+.0f} s off")
@@ -206,46 +223,66 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--folder", type=Path, required=True, metavar="RUN")
     parser.add_argument("--bad", type=Path, required=True, metavar="FILE")
     parser.add_argument("--tasks", type=int, default=1, metavar="N")
-    args = parser.parse_args(argv)
+    args, recipe = parser.parse_known_args(door.join_settings(argv))
     signal.signal(signal.SIGALRM, _too_late)
     signal.alarm(SECONDS)
-    return _check(args)
+    return _check(args, recipe)
 
 
 def _too_late(*_: object) -> None:
     raise NodeError(f"{socket.gethostname()}: no end after {SECONDS} s")
 
 
-def _check(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace, recipe: Sequence[str]) -> int:
     env = os.environ
     node, nodelist = env.get("SLURMD_NODENAME") or socket.gethostname(), env["SLURM_STEP_NODELIST"]
     nodes, first = expand(nodelist), first_host(nodelist)
     port = 10000 + (int(env["SLURM_JOB_ID"]) * 7 + 9973) % 20000
-    listener = Listener(port) if node == first else None
+    lead = node == first
+    gate = pair_check.Gate(port + 1, SECONDS) if lead else None
+    listener = Listener(port) if lead else None
     job, restart = env["SLURM_JOB_ID"], env.get("SLURM_RESTART_COUNT", "0")
     folder = args.folder / "slurm" / f"check-{job}.{restart}.{env.get('SLURM_STEP_ID', '0')}"
     folder.mkdir(parents=True, exist_ok=True)
-    note = look(args.folder, args.tasks)
+    note = look(args.folder, args.tasks, recipe)
     note["gb_per_s"], why = reach(first, port, 10)
     note["problems"] += [why] if why else []
     leave_note(folder, node, note)
     notes = read_notes(folder, len(nodes), time.monotonic() + 60)
     missing = [other for other in nodes if other not in notes]
-    if missing and listener is None:
-        sys.stderr.write(f"eventlens: {node}: sees no note of {', '.join(missing)} in {folder}\n")
-    if listener is None:
+    if listener is None or gate is None:
+        if missing:
+            sys.stderr.write(f"eventlens: {node}: sees no note of {', '.join(missing)} in {folder}\n")
+        with contextlib.suppress(OSError, ValueError):  # the first node says what it did not hear
+            pair_check.take_part(first, port + 1, node, SECONDS)
         return 0
     bad = judge(notes, nodes)
+    bad |= _pairs(gate, [other for other in nodes if other not in bad], node, port, bool(note["on_gpu"]))
     for other in sorted(bad):
         sys.stderr.write(f"eventlens: bad node {other}: {'; '.join(bad[other])}\n")
     args.bad.write_text("".join(f"{other}\n" for other in sorted(bad)))
-    time.sleep(1)  # the others may still read notes
     shutil.rmtree(folder, ignore_errors=True)
     if bad:
         raise NodeError(f"{len(bad)} of {len(nodes)} nodes are not fit: {', '.join(sorted(bad))}")
     speed = median(x for each in notes.values() for x in each["matmul_tflops"] or [0.0])
     print(f"eventlens: {len(nodes)} nodes are fit; median matrix product {speed:g} TFLOP/s a device")
+    for said in sorted({str(each["warm_up"]) for each in notes.values()}):
+        print(f"eventlens: {', '.join(n for n in nodes if notes[n]['warm_up'] == said)}: {said}")
     return 0
+
+
+def _pairs(gate: pair_check.Gate, fit: Sequence[str], node: str, port: int, on_gpu: bool) -> dict[str, list[str]]:
+    """All-reduce among the nodes that answered, on the first node; the bad ones and why. The others wait at the gate,
+    also those that have no part in it."""
+    gate.open(fit)
+    if len(fit) < 2:
+        return {}
+    if node in fit:
+        gate.found[node] = pair_check.measure(fit, node, port + 2)
+    rounds = len(pair_check.rounds(fit))
+    gate.wait(fit, rounds * pair_check.ROUND_SECONDS + 10 if node not in fit else 20)
+    print(f"eventlens: all-reduce with a neighbour, GB/s: {pair_check.table(gate.found)}")
+    return pair_check.judge(gate.found, on_gpu)
 
 
 if __name__ == "__main__":

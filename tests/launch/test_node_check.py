@@ -47,6 +47,8 @@ def test_fit_nodes_and_a_silent_one() -> None:
     assert node_check.judge(notes, [*notes, "n9"]) == {"n9": ["no answer"]}
     shared = {"n1": note(on_gpu=False), "n2": note(on_gpu=False, matmul_tflops=[1.0])}
     assert node_check.judge(shared, list(shared)) == {}
+    busy = {f"n{i}": note(on_gpu=False, gb_per_s=speed) for i, speed in enumerate((0.5, 0.5, 0.07))}
+    assert node_check.judge(busy, list(busy)) == {}
 
 
 def test_hosts_of_a_node_list() -> None:
