@@ -22,7 +22,7 @@ from datetime import timedelta
 from statistics import median
 from typing import NamedTuple
 
-ROUND_SECONDS = 20.0
+ROUND_SECONDS = 30.0
 """For each round, the first with the start of the process."""
 SLOWER = 0.6
 """Share of the median below which a node is bad."""

@@ -63,12 +63,13 @@ def test_a_slow_node_and_a_silent_one_are_named_and_no_neighbour_is(count: int) 
     }
 
 
-def test_two_nodes_reduce() -> None:
+def test_two_nodes_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two names of this machine; what they find comes to the gate of the first."""
+    monkeypatch.setattr(pair_check, "ROUND_SECONDS", 90.0)  # a busy machine takes long to import torch twice
     port, nodes = free_port(), ["127.0.0.1", "localhost"]
-    gate = pair_check.Gate(port, 60)
+    gate = pair_check.Gate(port, 200)
     gate.open(nodes)
-    other = threading.Thread(target=pair_check.take_part, args=("127.0.0.1", port, "localhost", 60))
+    other = threading.Thread(target=pair_check.take_part, args=("127.0.0.1", port, "localhost", 200))
     other.start()
     gate.found["127.0.0.1"] = pair_check.measure(nodes, "127.0.0.1", port + 1)
     gate.wait(nodes, 20)
@@ -80,14 +81,14 @@ def test_two_nodes_reduce() -> None:
 
 @pytest.mark.parametrize("silent", ["absent", "hangs"])
 def test_a_partner_that_does_not_answer_costs_a_bounded_time(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair_check, "ROUND_SECONDS", 8.0)
+    monkeypatch.setattr(pair_check, "ROUND_SECONDS", 5.0)
     port = free_port()
     # As the second node, with a first one that accepts and says nothing; as the first, with nobody coming.
     server = socket.create_server(("127.0.0.1", port)) if silent == "hangs" else None
     nodes = ["127.0.0.1", "localhost"]
     begun = time.monotonic()
     (pair,) = pair_check.measure(nodes, nodes[1] if server else nodes[0], port)
-    assert time.monotonic() - begun < 8 + 5
+    assert time.monotonic() - begun < 5 + 5
     assert pair.gb_per_s is None and pair.why
     if server:
         server.close()

@@ -9,6 +9,7 @@ real one does hang in a collective.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,18 @@ from eventlens_ds.train import outcome
 from tests.slurm.cluster import SLURM, Cluster
 from tests.slurm.conftest import STEPS
 from tests.slurm.test_life_cycle import at_step, journal, steps, went_through
-from tests.slurm.test_training import LONG, LONGER, PLACE, same, settings, when_logged, whole
+from tests.slurm.test_training import (
+    LONG,
+    LONGER,
+    PLACE,
+    lost_time,
+    row_of,
+    same,
+    settings,
+    table_of,
+    when_logged,
+    whole,
+)
 
 __all__ = ["whole"]
 
@@ -132,6 +144,7 @@ def test_training_goes_on_once_the_old_rank_has_gone(
     number = cluster.submit(*PLACE, str(SLURM / "pretrain.sh"), "tiny_event", *given, EVENTLENS_LEASE_WAIT="5")
     cluster.until(number, lambda _: when_logged(13)(run), 180)
     old = holder(run)
+    begun = time.time()
     with lost(cluster, old["host"], "cut"):
         refused(cluster, number, seconds=180)
         written = (run / "log.jsonl").read_bytes()
@@ -139,7 +152,8 @@ def test_training_goes_on_once_the_old_rank_has_gone(
         refused(cluster, number, 2, seconds=60)
         assert (run / "log.jsonl").read_bytes() == written
         cluster.on(old["host"], "kill", "-KILL", str(old["pid"]))
+        seconds = lost_time(cluster, number, run, begun)
         job = cluster.ended(number, 300)
     assert (job.state, job.code, job.restarts) == ("COMPLETED", 0, 1), cluster.log(number)
     assert same(run, whole)
-    print(f"\n{cluster.log(number)}\n{launch.history(run)}")
+    print("\n" + table_of([row_of("node cut off, rank alive until refused twice", number, cluster, run, seconds)]))

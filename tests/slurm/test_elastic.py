@@ -8,6 +8,7 @@ floating-point sums explains, as in `eventlens prove elastic`; the samples of a 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from eventlens_ds.launch.elastic import TOLERANCE
 from tests.slurm.cluster import SLURM, Cluster
 from tests.slurm.conftest import STEPS
 from tests.slurm.test_life_cycle import at_step, steps, went_through
-from tests.slurm.test_training import LONG, LONGER, settings, trained, when_logged, whole
+from tests.slurm.test_training import LONG, LONGER, lost_time, row_of, settings, table_of, trained, when_logged, whole
 
 __all__ = ["whole"]
 
@@ -91,13 +92,15 @@ def test_training_goes_on_with_the_node_that_is_left(
     place = ("--nodes=1-2", "--gpus-per-node=1", str(SLURM / "pretrain.sh"), "tiny_event")
     number = cluster.submit(*place, *given)
     cluster.until(number, lambda _: when_logged(13)(run), 180)
+    begun = time.time()
     lose(cluster, "n2")
     try:
+        seconds = lost_time(cluster, number, run, begun)
         job = cluster.ended(number, 300)
     finally:
         cluster.node("boot", "n2")
     log = cluster.log(number)
-    print(log)
+    print("\n" + table_of([row_of("node lost, on with the other", number, cluster, run, seconds)]))
     assert (job.state, job.code, job.restarts) == ("COMPLETED", 0, 1), log
     assert places(log) == [("2", "2"), ("1", "1")] and "cut anew from 2 ranks to 1" in log
     (rows, _), (wanted, _) = trained(run), trained(whole)

@@ -134,6 +134,16 @@ def test_self_submission_makes_the_folder_of_logs(cluster: Cluster, toy: str, tm
     assert cluster.ended(number).code == 0 and "finished" in (logs / f"pretrain-{number}.log").read_text()
 
 
+def test_ranks_share_the_cpus_of_a_node(cluster: Cluster, toy: str, tmp_path: Path) -> None:
+    """Slurm knows of one task a node when it allocates, so two ranks may ask for more than there is."""
+    given = ("tiny_event", f"--data.train={tmp_path}", f"--io.run={tmp_path}/run", "--train.steps=1")
+    place = ("--nodes=1", "--gpus-per-node=2", "--cpus-per-task=64")
+    number = cluster.submit(*place, str(SLURM / "pretrain.sh"), *given, EVENTLENS_PYTHON=toy)
+    assert cluster.ended(number).code == 0, cluster.log(number)
+    log = cluster.log(number)
+    assert "2 ranks on 1 nodes" in log and "64 CPUs a node are 32 a rank, not 64 (--cpus-per-task)" in log
+
+
 def test_a_sweep_needs_a_line_per_task_with_its_own_run(cluster: Cluster, toy: str, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.txt"
     sweep.write_text(f"--train.lr=1e-3 --io.run={tmp_path}/a\n--train.lr=2e-3 --io.run={tmp_path}/b\n--train.lr=3e-3\n")

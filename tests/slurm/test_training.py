@@ -8,15 +8,18 @@ the same and only the launcher differs; what is close but not equal would be a l
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eventlens_ds.launch import job as launch
+from eventlens_ds.train import outcome
 from tests.slurm.cluster import SLURM, Cluster, environment
 
 STEPS = 6
@@ -93,12 +96,56 @@ def whole(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 LONGER = ("--train.save_every=10", "--train.keep=5", "--train.eval_every=10", "--eval.samples=150")
 
 
+COLUMNS = ("fault", "restarts", "went on at step", "seconds to the end of the ranks", "time lost, s")
+
+
+def lost_time(cluster: Cluster, number: str, run: Path, begun: float, restarts: bool = True) -> float:
+    """Seconds from `begun` to the first optimizer step of the next attempt; without one, to the next step logged.
+    Slurm's own wait before a requeued job is cut short by Cluster.until."""
+    rows = (run / "log.jsonl").read_text().count("\n") if (run / "log.jsonl").exists() else 0
+    attempt = outcome.read(run)["attempt"]
+
+    def goes_on(_: Any) -> bool:
+        now = outcome.read(run)
+        if not restarts:
+            return when_logged(rows + 1)(run)
+        return now["attempt"] > attempt and now["first_step_seconds"] is not None
+
+    cluster.until(number, goes_on, 400)
+    return time.time() - begun
+
+
+def row_of(fault: str, number: str, cluster: Cluster, run: Path, seconds: float) -> tuple[str, ...]:
+    """A line of the table of faults, from the job, its log and the journal of its run."""
+    stops = [row["stop_seconds"] for row in launch.journal(run) if row["signal"]]
+    at = re.findall(r"resumed from .* at step (\d+)", cluster.log(number))
+    return (
+        fault,
+        str(cluster.job(number).restarts),
+        at[-1] if at else "-",
+        str(max(stops, default="-")),
+        f"{seconds:.0f}",
+    )
+
+
+def table_of(rows: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (COLUMNS, ("---",) * len(COLUMNS), *rows))
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[tuple[str, ...]]]:
+    """Rows of the table of faults, printed at the end."""
+    rows: list[tuple[str, ...]] = []
+    yield rows
+    print("\n" + table_of(rows))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["start", "step", "eval", "save", "preempt", "requeue", "restart slurmctld", "node crash"]
 )
 def test_every_fault_ends_in_the_same_parameters(
-    cluster: Cluster, world_folder: Path, whole: Path, tmp_path: Path, fault: str
+    cluster: Cluster, world_folder: Path, whole: Path, tmp_path: Path, table: list[tuple[str, ...]], fault: str
 ) -> None:
     run = tmp_path / "run"
     number = cluster.submit(
@@ -110,14 +157,17 @@ def test_every_fault_ends_in_the_same_parameters(
         "save": lambda: any((run / "checkpoints").glob("*10*")),
     }.get(fault, lambda: when_logged(13)(run))
     cluster.until(number, lambda _: ready(), 180)
+    begun = time.time()
     strike(cluster, number, fault)
+    seconds = lost_time(cluster, number, run, begun, restarts=fault != "restart slurmctld")
     job = cluster.ended(number, 400)
     assert (job.state, job.code) == ("COMPLETED", 0), cluster.log(number)
     assert same(run, whole)
     if fault == "eval":
         log = cluster.log(number)
         assert log.index("USR1: asking") < log.index("step 10: q2a"), "the evaluation was over before the signal"
-    print(f"\n{fault}: restarts {job.restarts}\n{launch.history(run)}")
+    table.append(row_of(fault, number, cluster, run, seconds))
+    print(f"\n{fault}: {seconds:.1f} s lost, restarts {job.restarts}\n{launch.history(run)}")
 
 
 def strike(cluster: Cluster, number: str, fault: str) -> None:
