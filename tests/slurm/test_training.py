@@ -165,7 +165,9 @@ def test_every_fault_ends_in_the_same_parameters(
     assert same(run, whole)
     if fault == "eval":
         log = cluster.log(number)
-        assert log.index("USR1: asking") < log.index("step 10: q2a"), "the evaluation was over before the signal"
+        # Ranks stop between the parts of an evaluation, so its scores come after the signal, or not in this attempt.
+        scores = log.find("step 10: q2a")
+        assert scores < 0 or log.index("USR1: asking") < scores, "the evaluation was over before the signal"
     table.append(row_of(fault, number, cluster, run, seconds))
     print(f"\n{fault}: {seconds:.1f} s lost, restarts {job.restarts}\n{launch.history(run)}")
 
