@@ -208,4 +208,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from eventlens_ds.runtime.failures import leave
+
+    leave(lambda: main(sys.argv[1:]))

@@ -74,9 +74,13 @@ def brief(folder: Path) -> tuple[str, Any, int]:
 
 FAULTS = [
     (DataError("shard 3: crc32 differs"), 3, "shard 3: crc32 differs"),
-    (RuntimeError("[gloo] Connection closed by peer\nmore"), 1, "RuntimeError: [gloo] Connection closed by peer"),
-    (FloatingPointError("loss is nan"), 1, "FloatingPointError: loss is nan"),
-    (CollectiveMismatch("ranks differ at event 3"), 1, "CollectiveMismatch: ranks differ at event 3"),
+    (
+        RuntimeError("[gloo] Connection closed by peer\nmore"),
+        1,
+        "RuntimeError: [gloo] Connection closed by peer (in start)",
+    ),
+    (FloatingPointError("loss is nan"), 1, "FloatingPointError: loss is nan (in start)"),
+    (CollectiveMismatch("ranks differ at event 3"), 1, "CollectiveMismatch: ranks differ at event 3 (in start)"),
     (OSError(28, "No space left on device", "/x"), 2, "/x: No space left on device"),
     (KeyboardInterrupt(), 130, "interrupted"),
 ]
