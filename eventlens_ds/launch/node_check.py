@@ -20,7 +20,6 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,26 +112,8 @@ def _time_matmul(torch: Any, device: str, size: int) -> float:
     return round(2 * size**3 / best / 1e12, 4)
 
 
-class Listener:
-    """On the first node: sends PAYLOAD bytes to whoever connects."""
-
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_server(("", port), family=socket.AF_INET, backlog=1024)
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                peer, _ = self._socket.accept()
-            except OSError:
-                return
-            threading.Thread(target=_send, args=(peer,), daemon=True).start()
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-def _send(peer: socket.socket) -> None:
+def send(peer: socket.socket) -> None:
+    """On the first node: PAYLOAD bytes for whoever connects."""
     try:
         with peer:
             peer.sendall(bytes(PAYLOAD))
@@ -240,7 +221,7 @@ def _check(args: argparse.Namespace, recipe: Sequence[str]) -> int:
     port = 10000 + (int(env["SLURM_JOB_ID"]) * 7 + 9973) % 20000
     lead = node == first
     gate = pair_check.Gate(port + 1, SECONDS) if lead else None
-    listener = Listener(port) if lead else None
+    listener = pair_check.Listener(port, send) if lead else None
     job, restart = env["SLURM_JOB_ID"], env.get("SLURM_RESTART_COUNT", "0")
     folder = args.folder / "slurm" / f"check-{job}.{restart}.{env.get('SLURM_STEP_ID', '0')}"
     folder.mkdir(parents=True, exist_ok=True)

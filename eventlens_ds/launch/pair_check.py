@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from statistics import median
 from typing import NamedTuple
@@ -49,13 +49,11 @@ def rounds(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
     return [pairs for pairs in made if pairs]
 
 
-class Gate:
-    """On the first node: holds the others back until it knows who answered, then takes what they found."""
+class Listener:
+    """Hands every connection to `port` to `answer`, in a thread of its own."""
 
-    def __init__(self, port: int, seconds: float) -> None:
-        self._socket = socket.create_server(("", port), family=socket.AF_INET, backlog=1024)
-        self._known, self._nodes, self._seconds = threading.Event(), [""], seconds
-        self.found: dict[str, list[Pair]] = {}
+    def __init__(self, port: int, answer: Callable[[socket.socket], None]) -> None:
+        self._socket, self._answer = socket.create_server(("", port), family=socket.AF_INET, backlog=1024), answer
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -64,7 +62,19 @@ class Gate:
                 peer, _ = self._socket.accept()
             except OSError:
                 return
-            threading.Thread(target=self._meet, args=(peer,), daemon=True).start()
+            threading.Thread(target=self._answer, args=(peer,), daemon=True).start()
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Gate:
+    """On the first node: holds the others back until it knows who answered, then takes what they found."""
+
+    def __init__(self, port: int, seconds: float) -> None:
+        self._known, self._nodes, self._seconds = threading.Event(), [""], seconds
+        self.found: dict[str, list[Pair]] = {}
+        self._listener = Listener(port, self._meet)
 
     def _meet(self, peer: socket.socket) -> None:
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from eventlens_ds.launch import node_check
+from eventlens_ds.launch import node_check, pair_check
 from eventlens_ds.runtime.distributed import free_port
 
 
@@ -59,7 +59,7 @@ def test_hosts_of_a_node_list() -> None:
 
 def test_reach() -> None:
     port = free_port()
-    listener = node_check.Listener(port)
+    listener = pair_check.Listener(port, node_check.send)
     try:
         speed, why = node_check.reach("127.0.0.1", port, 5)
         assert why == "" and speed is not None and speed > 0
