@@ -28,8 +28,9 @@ from safetensors import safe_open
 
 from eventlens_ds.errors import DataError, UserError
 from eventlens_ds.runtime import commit, rng
-from eventlens_ds.runtime.commit import HashingFile, atomic_write, pointer, resolve, verify
+from eventlens_ds.runtime.commit import atomic_write, pointer, resolve, verify
 from eventlens_ds.runtime.distributed import broadcast_object, gather_objects, rank_and_size
+from eventlens_ds.runtime.hashing_file import HashingFile
 from eventlens_ds.runtime.lease import Lease
 from eventlens_ds.runtime.reshard import Shards
 from eventlens_ds.runtime.shard_files import TAG, Files, in_charge, weights_only

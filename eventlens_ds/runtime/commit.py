@@ -15,13 +15,13 @@ import os
 import re
 import secrets
 import shutil
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from eventlens_ds.errors import DataError
 from eventlens_ds.runtime.distributed import broadcast_object, gather_objects, in_group, rank_and_size
+from eventlens_ds.runtime.hashing_file import HashingFile
 
 log = logging.getLogger(__name__)
 
@@ -33,68 +33,8 @@ BEST = "BEST"
 
 _NAME = re.compile(r"step-(\d{1,12})(?:-(\d{1,6}))?")
 _BLOCK = 1 << 22
-_ASIDE = 1 << 20
-"""Bytes of one write above which a thread is worth its start."""
 _DOOMED = ".tmp-old-"
 """Beginning of the name of a folder that is being emptied."""
-
-
-class HashingFile:
-    """A file for torch.save that hashes what passes through and never raises while it is written.
-
-    torch's zip writer calls `write` from C code, and the other ranks wait in collectives meanwhile, so the first
-    OSError is kept in `error` and the rest of the data is dropped. After `close`: `size`, `sha256`, `error`, and
-    `held_up`, the seconds that hashing took beyond writing: what is large is hashed on another core meanwhile.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.size = 0
-        self.held_up = 0.0
-        self.error: OSError | None = None
-        self._hash = hashlib.sha256()
-        self._path = path
-        self._fd = -1
-        try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except OSError as error:
-            self.error = error
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if self.error is None:
-            hashing = threading.Thread(target=self._hash.update, args=(view,))
-            hashing.start() if len(view) > _ASIDE else hashing.run()
-            self.size += len(view)
-            try:
-                rest = view
-                while len(rest):
-                    rest = rest[os.write(self._fd, rest) :]
-            except OSError as error:
-                self.error = OSError(error.errno, error.strerror, str(self._path))
-            begun = time.perf_counter()
-            if len(view) > _ASIDE:
-                hashing.join()
-            self.held_up += time.perf_counter() - begun
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is buffered here; torch.save calls it."""
-
-    def close(self) -> None:
-        """fsync and close; an error of either counts like one of `write`."""
-        if self._fd < 0:
-            return
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            self.error = self.error or OSError(error.errno, error.strerror, str(self._path))
-        finally:
-            os.close(self._fd)
-            self._fd = -1
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
 
 
 def write_file(path: Path, data: bytes) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 
 from eventlens_ds.errors import DataError
 from eventlens_ds.runtime import heartbeat
-from eventlens_ds.runtime.commit import HashingFile
 from eventlens_ds.runtime.distributed import rank_and_size
+from eventlens_ds.runtime.hashing_file import HashingFile
 from eventlens_ds.runtime.reshard import Shards
 
 TAG = "state"

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 
 from eventlens_ds import cli
 from eventlens_ds.errors import DataError
-from eventlens_ds.runtime import commit
+from eventlens_ds.runtime import commit, hashing_file
 
 
 def manifest_of(step: int, files: dict) -> dict:
@@ -266,16 +268,42 @@ def test_shares_cover_every_file_once(tmp_path):
 
 def test_large_writes_are_hashed_aside_and_whole(tmp_path: Path) -> None:
     """Pieces on both sides of the size from which a thread hashes, in their order."""
-    pieces = [random.Random(size).randbytes(size) for size in (3, commit._ASIDE + 1, 7, 2 * commit._ASIDE, 0)]
-    out = commit.HashingFile(tmp_path / "a")
+    pieces = [random.Random(size).randbytes(size) for size in (3, hashing_file.ASIDE + 1, 7, 2 * hashing_file.ASIDE, 0)]
+    out = hashing_file.HashingFile(tmp_path / "a")
     for piece in pieces:
         out.write(bytearray(piece))
     out.close()
     whole = b"".join(pieces)
     assert (tmp_path / "a").read_bytes() == whole and out.size == len(whole) and out.error is None
-    assert out.sha256 == hashlib.sha256(whole).hexdigest() and 0 <= out.held_up < 60
-    again = commit.HashingFile(tmp_path / "a")
+    assert out.sha256 == hashlib.sha256(whole).hexdigest()
+    again = hashing_file.HashingFile(tmp_path / "a")
     assert isinstance(again.error, FileExistsError), "no file is written over"
+
+
+@pytest.mark.parametrize("size", [3, 2 << 20])
+def test_small_writes_are_hashed_first_and_large_ones_meanwhile(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = hashing_file.HashingFile(tmp_path / "a")
+    writing, write = threading.Event(), os.write
+    meanwhile: list[bool] = []
+
+    class Slow:
+        def update(self, data: memoryview) -> None:
+            meanwhile.append(writing.wait(0.2 if size == 3 else 30))
+            time.sleep(0.2)
+
+    def told(fd: int, data: memoryview) -> int:
+        writing.set()
+        return write(fd, data)
+
+    monkeypatch.setattr(out, "_hash", Slow())
+    monkeypatch.setattr(os, "write", told)
+    begun = time.perf_counter()
+    out.write(bytes(size))
+    assert meanwhile == [size > 3] and time.perf_counter() - begun > 0.2, "write returns when all is hashed"
+    assert size > 3 or out.held_up > 0.39, "what is hashed first counts whole"
+    out.close()
 
 
 @pytest.mark.P9
